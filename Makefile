@@ -1,0 +1,50 @@
+# Everything that a checkout needs to be set up, shown, tested and checked. Only Python 3.10 or newer has to be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format kill-matrix clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: $(STAMP) ## set up .venv from PYTHON (default python3); every target below does this by itself
+.PHONY: .venv
+
+# An older virtual environment is kept and brought up to date. torch comes first and alone, so that a CPU build which
+# pip's own settings offer is chosen before anything else asks for torch. -qq leaves only errors.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lightning-resume needs Python 3.10 or newer; name one: make PYTHON=...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch (a large download on a fresh machine)"
+	@$(PIP) install -qq torch -c constraints.txt
+	@echo "Installing lightning-resume and its tools"
+	@$(PIP) install -qq -e ".[dev]" -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## kill a training run, resume it, and prove that it is the same run
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code into its format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+kill-matrix: $(STAMP) ## kill at every step, for every strategy, in both stacks (long)
+	$(BIN)/python -m tests.kill_matrix --all
+
+clean: ## remove what the targets above made, .venv too
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info lightning_logs demo-out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""The collectives that the rest of the package uses, each a no-op where no process group exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    if is_distributed():
+        all_gather_object(None)
+
+
+def broadcast_object(obj: T, src: int = 0) -> T:
+    """Returns rank ``src``'s ``obj`` on every rank."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, device=_object_device())
+    return box[0]
+
+
+def all_gather_object(obj: T) -> list[T]:
+    """Returns the ``obj`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [obj]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, obj)
+    return box
+
+
+class RemoteError(RuntimeError):
+    """Stands for the exceptions of other ranks; its text names each rank and error."""
+
+
+def agree(what: str, act: Callable[[], T]) -> T:
+    """Runs ``act`` on every rank and raises on every rank when it raised on any.
+
+    Must be called on all ranks. A rank on which ``act`` succeeded raises :class:`RemoteError`; a rank on which it
+    failed raises its own error. So no rank goes on, or waits in a collective, after another one has failed.
+    """
+    result: T | None = None
+    error: BaseException | None = None
+    try:
+        result = act()
+    except Exception as caught:
+        error = caught
+    told = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = {r: text for r, text in enumerate(told) if text is not None}
+    if failed:
+        raise RemoteError(f"{what} failed on " + "; ".join(f"rank {r}: {text}" for r, text in failed.items()))
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(what: str, act: Callable[[], T]) -> T:
+    """Runs ``act`` on rank 0 alone; every rank gets its result, or an error when it raised."""
+    result = agree(what, act if rank() == 0 else lambda: None)
+    return broadcast_object(result)  # type: ignore[return-value]
+
+
+def _object_device() -> torch.device | None:
+    # object collectives move pickles through tensors; with NCCL these must live on this rank's GPU
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return None

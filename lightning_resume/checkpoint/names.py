@@ -1,0 +1,80 @@
+"""The names of files and folders in the format, version 1; nothing here looks into a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+MANIFEST_NAME = "manifest.json"
+METADATA_NAME = ".metadata"
+META_NAME = "meta.pt"
+LEAF_PREFIX = "resume."
+
+_STEP = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<stage>tmp|old)-[0-9a-f]{16}")
+
+
+def step_name(step: int) -> str:
+    """Returns the folder name of ``step``, for example ``step-00000500``; more than 8 digits where needed."""
+    if step < 0:
+        raise ValueError(f"A step is counted from 0, got {step}.")
+    return f"step-{step:08d}"
+
+
+def is_step_name(name: str) -> bool:
+    return _STEP.fullmatch(name) is not None
+
+
+def data_name(rank: int) -> str:
+    return f"__{rank}_0.distcp"
+
+
+def staged_path(target: Path) -> Path:
+    """Returns a fresh sibling of ``target`` to write into; it is renamed to ``target`` once it is whole."""
+    return target.with_name(f".{target.name}.tmp-{uuid4().hex[:16]}")
+
+
+def retired_path(target: Path) -> Path:
+    """Returns a fresh sibling of ``target`` for the older checkpoint while the newer one takes its place."""
+    return target.with_name(f".{target.name}.old-{uuid4().hex[:16]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """What an unfinished save left beside a checkpoint: ``of`` is that checkpoint's own path."""
+
+    path: Path
+    of: Path
+    retired: bool
+
+
+def as_leftover(path: Path) -> Leftover | None:
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None:
+        return None
+    return Leftover(path=path, of=path.with_name(match["name"]), retired=match["stage"] == "old")
+
+
+def find_leftovers(root: Path) -> Iterator[Leftover]:
+    """Yields everything in the folder ``root`` that an unfinished save left there, in order of name."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    for name in names:
+        leftover = as_leftover(root / name)
+        if leftover is not None:
+            yield leftover
+
+
+def resolve(path: Path) -> Path:
+    """Returns where the checkpoint ``path`` really lies.
+
+    A crash between the two renames of an overwriting save (on filesystems that cannot exchange two names at once)
+    leaves the older checkpoint, whole, under its retired name; that name is returned then.
+    """
+    if os.path.lexists(path):
+        return path
+    retired = [left.path for left in find_leftovers(path.parent) if left.retired and left.of == path]
+    return max(retired, key=lambda old: old.lstat().st_mtime_ns, default=path)

@@ -1,0 +1,220 @@
+"""Writes one checkpoint: all ranks plan, each item is hashed and made durable as it is written, then the commit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.stateful import Stateful
+
+from lightning_resume._distributed import RemoteError, agree, all_gather_object, broadcast_object, on_rank_zero, rank
+from lightning_resume.checkpoint import commit
+from lightning_resume.checkpoint.filesystem import HashedFile, discard, local_path, torch_save
+from lightning_resume.checkpoint.layout import next_sequence
+from lightning_resume.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, to_json
+from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
+from lightning_resume.checkpoint.shards import CheckpointException, write_shards
+from lightning_resume.errors import CheckpointSaveError, ResumeError
+
+_PACKAGES = {
+    "lightning_resume": ("lightning-resume",),
+    "torch": ("torch",),
+    "lightning": ("lightning", "pytorch-lightning", "lightning-fabric"),
+    "numpy": ("numpy",),
+}
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    state: dict[str, Any],
+    leaves: Mapping[str, bytes],
+    meta: object,
+    components: Mapping[str, ComponentEntry] | None = None,
+    step: int | None = None,
+    epoch: int | None = None,
+    topology: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Saves one checkpoint; when this returns on any rank, it is whole and durable at ``path``.
+
+    Must be called on all ranks. ``path`` and everything but ``state`` and ``leaves`` is taken from rank 0. A plain
+    value that several ranks hold under one key is stored as the lowest of these ranks has it.
+
+    Args:
+        path: A local folder (of a filesystem that all ranks share). A checkpoint there is replaced at once.
+        state: Nested dict of tensors, DTensors, ShardedTensors and plain values, stored as ``dcp.save`` would.
+        leaves: Opaque bytes of this rank by key; every key begins with ``resume.`` and belongs to one rank, or to
+            several ranks that give the same bytes.
+        meta: The object of ``meta.pt``; None is stored as an empty dict.
+        components: What the manifest says of each component.
+        step: Optimizer steps so far.
+        epoch: Epochs so far.
+        topology: What the manifest says of the topology, as JSON can hold it.
+        metadata: The user's own, as JSON can hold it.
+
+    Raises:
+        CheckpointSaveError: Something failed on at least one rank. Raised on every rank; what was at ``path`` is
+            still there and nothing else is left.
+        RemoteStorageError: ``path`` is a URL.
+    """
+    draft = Manifest(
+        step=step,
+        epoch=epoch,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        sequence=0,
+        topology=dict(topology or {}),
+        versions=_versions(),
+        components=dict(components or {}),
+        files={},
+        save_seconds=0.0,
+        save_bytes_per_second=0.0,
+        metadata=dict(metadata or {}),
+    )
+    target: Path | None = None
+    try:
+        target = broadcast_object(agree("checking the path", partial(local_path, path)))
+        return _save(target, _gather_state(state, leaves), meta, draft)
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, ResumeError):
+            raise
+        raise _explain(error, target or path) from _cause(error)
+
+
+def _save(target: Path, state: dict[str, Any], meta: object, draft: Manifest) -> Manifest:
+    started = time.perf_counter()
+    staged = on_rank_zero("making the folder", partial(_begin, target, draft))
+    try:
+        files = write_shards(staged, state)
+        return on_rank_zero("the commit", partial(_finish, target, staged, files, meta, draft, started))
+    except BaseException:
+        if rank() == 0 and staged.exists():
+            discard(staged)
+        raise
+
+
+def _begin(target: Path, draft: Manifest) -> Path:
+    # what JSON cannot hold is found before the long writing
+    to_json(draft)
+    return commit.stage(target)
+
+
+def _finish(
+    target: Path, staged: Path, files: dict[str, FileEntry], meta: object, draft: Manifest, started: float
+) -> Manifest:
+    with HashedFile(staged / META_NAME) as file:
+        torch_save({} if meta is None else meta, file)
+    files = {**files, META_NAME: file.entry()}
+    seconds = time.perf_counter() - started
+    manifest = replace(
+        draft,
+        sequence=next_sequence(target.parent),
+        files=files,
+        save_seconds=round(seconds, 6),
+        save_bytes_per_second=round(sum(entry.bytes for entry in files.values()) / seconds, 3),
+    )
+    commit.seal(staged, manifest)
+    commit.publish(staged, target)
+    commit.clean_leftovers(target.parent, name=target.name)
+    return manifest
+
+
+def _gather_state(state: dict[str, Any], leaves: Mapping[str, bytes]) -> dict[str, Any]:
+    """Returns this rank's state with its leaves as tensors, once the leaves of all ranks are found to agree."""
+    _check_same_leaves(agree("hashing the leaves", partial(_hash_leaves, leaves)))
+    return agree("preparing the state", partial(_merge, state, leaves))
+
+
+def _hash_leaves(leaves: Mapping[str, bytes]) -> dict[str, str]:
+    for key in leaves:
+        if not key.startswith(LEAF_PREFIX):
+            raise CheckpointSaveError(f"The leaf {key!r} must have a name that begins with {LEAF_PREFIX!r}.")
+    return {key: xxhash.xxh3_128_hexdigest(data) for key, data in leaves.items()}
+
+
+def _check_same_leaves(hashes: Mapping[str, str]) -> None:
+    told: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for r, hashes_of_rank in enumerate(all_gather_object(dict(hashes))):
+        for key, digest in hashes_of_rank.items():
+            told[key][digest].append(r)
+    for key, ranks_by_hash in told.items():
+        if len(ranks_by_hash) > 1:
+            found = "; ".join(f"ranks {ranks}: {digest}" for digest, ranks in ranks_by_hash.items())
+            raise CheckpointSaveError(
+                f"The leaf {key!r} was given on several ranks with different bytes ({found}). Nothing was saved. "
+                "Make it the same on these ranks, or give it a name of its own on each (as in '.rank_00003')."
+            )
+
+
+def _merge(state: dict[str, Any], leaves: Mapping[str, bytes]) -> dict[str, Any]:
+    for key in state:
+        if str(key).startswith(LEAF_PREFIX):
+            raise CheckpointSaveError(f"The name {key!r} is reserved: those that begin with {LEAF_PREFIX!r} are ours.")
+    plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+    return {**plain, **{key: _as_tensor(data) for key, data in leaves.items()}}
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
+    # a bytearray, because torch warns of read-only memory
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _versions() -> dict[str, str]:
+    found = {name: _version_of(packages) for name, packages in _PACKAGES.items()}
+    return {**{name: text for name, text in found.items() if text is not None}, "python": platform.python_version()}
+
+
+def _version_of(packages: Sequence[str]) -> str | None:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _failures(error: BaseException) -> dict[int, BaseException]:
+    """Returns the error of each rank that failed, as far as this rank knows them."""
+    if isinstance(error, CheckpointException):
+        return {r: wrapped[0] for r, wrapped in error.failures.items()}
+    return {rank(): error}
+
+
+def _cause(error: BaseException) -> BaseException:
+    failures = _failures(error)
+    return failures.get(rank(), next(iter(failures.values())))
+
+
+def _explain(error: BaseException, target: object) -> CheckpointSaveError:
+    failures = _failures(error)
+    told = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, e in failures.items())
+    return CheckpointSaveError(
+        f"Saving the checkpoint {target} failed: {error if isinstance(error, RemoteError) else told}. "
+        f"{_advice([e for e in failures.values() if isinstance(e, OSError)])} "
+        "A checkpoint that was there before is untouched."
+    )
+
+
+def _advice(errors: list[OSError]) -> str:
+    numbers = {error.errno for error in errors}
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "Free some space there or save to another filesystem."
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return "Make its folder writable for this user or save elsewhere."
+    if numbers & {errno.ENOENT}:
+        return "Every rank must see the same folder: save to a filesystem that all nodes share."
+    return "Save again once the cause is removed."

@@ -1,0 +1,377 @@
+"""Loaders that know their position: the user's own loader, with an order that can be gone on with.
+
+A resumable loader stands in for the user's: its attributes are the user's (``dataset``, ``collate_fn``, ``sampler``,
+...) and it is an instance of the user's class. Batches come from a private copy of the user's loader, the engine, whose
+dataset, sampler and ``collate_fn`` are wrapped to fetch what the order says with random numbers keyed by sample.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import copy
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_resume.data import order
+from lightning_resume.data.randomness import KeyedCollate, KeyedDataset, Request, keyed_seed, worker_init
+from lightning_resume.data.source import UNSIZED, Source
+from lightning_resume.errors import CheckpointMismatchError
+from lightning_resume.state import rng
+from lightning_resume.state.component import Sharing
+
+
+class Resumable(abc.ABC):
+    """A loader that can say where it is and go on from there.
+
+    A batch counts as taken when it is handed out. A caller that took batches ahead of what it trained on says so with
+    ``behind``: the state is then the one before these batches.
+    """
+
+    sharing: Sharing
+    _taken: int
+    """Batches handed out by the open iteration."""
+
+    def __iter__(self) -> Iterator[Any]:
+        # eager, so that where an iteration begins does not depend on when its first batch is asked for
+        if not self._resumed and (self._taken or self._at_end()):
+            self._next_epoch()
+        self._resumed = False
+        self._taken = self._stepped = 0
+        self._ended = False
+        self._iteration = object()
+        return self._run(self._iteration)
+
+    def _run(self, iteration: object) -> Iterator[Any]:
+        for batch in self._batches():
+            if iteration is not self._iteration:
+                raise RuntimeError(
+                    "This iterator is no longer the loader's position: `iter(loader)` or `load_state_dict` was called"
+                    " since. Iterate over the loader once at a time."
+                )
+            self._taken += 1
+            self._handed_out()
+            yield batch
+        self._ended = True
+
+    @property
+    def taken(self) -> int:
+        """Batches handed out by the open iteration."""
+        return self._taken
+
+    def mark_stepped(self) -> None:
+        """Notes that the optimizer has stepped on all batches handed out so far."""
+        self._stepped = self._taken
+
+    @property
+    def unstepped(self) -> int:
+        """Batches handed out since the optimizer last stepped; 0 when the iteration has ended."""
+        return 0 if self._ended else self._taken - self._stepped
+
+    def state_dict(self, behind: int = 0) -> dict[str, Any]:
+        """The position, as it was before the last ``behind`` batches were handed out."""
+        return {**self._state(behind), "ended": self._ended}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from ``state_dict`` at the next ``iter``: with what was left of the iteration, or, when the iteration
+        had ended, with the next epoch. An iteration saved at its last batch has nothing left.
+
+        Raises:
+            CheckpointMismatchError: The state belongs to another dataset or another order; nothing was changed.
+        """
+        self.check(state_dict)
+        self._load(state_dict)
+        self._begin_attributes()
+        self._resumed = True
+        if state_dict["ended"]:
+            self._next_epoch()
+
+    def load_epoch_end(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from ``state_dict`` with the next epoch, whatever is left of the current one."""
+        self.load_state_dict(state_dict)
+        if not state_dict["ended"]:
+            self._next_epoch()
+
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises :class:`CheckpointMismatchError` when ``state_dict`` does not fit; changes nothing."""
+        if state_dict.get("kind") != self._kind():
+            raise CheckpointMismatchError(
+                "loader",
+                "order",
+                saved=state_dict.get("kind"),
+                current=self._kind(),
+                advice="Use the sampler and kind of loader that the run was started with.",
+            )
+        for field, current in self._fixed().items():
+            if state_dict["fixed"].get(field) != current:
+                raise CheckpointMismatchError(
+                    "loader",
+                    field,
+                    saved=state_dict["fixed"].get(field),
+                    current=current,
+                    advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
+                )
+
+    def _begin_attributes(self) -> None:
+        self._taken = self._stepped = 0
+        self._ended = self._resumed = False
+        self._iteration = object()
+
+    def _handed_out(self) -> None:
+        """Called after each batch, before it is handed out."""
+
+    @abc.abstractmethod
+    def set_epoch(self, epoch: int) -> None:
+        """Makes ``epoch`` the epoch of the next iteration; a position within the same epoch is kept."""
+
+    @abc.abstractmethod
+    def _batches(self) -> Iterator[Any]: ...
+    @abc.abstractmethod
+    def _at_end(self) -> bool: ...
+    @abc.abstractmethod
+    def _next_epoch(self) -> None: ...
+    @abc.abstractmethod
+    def _state(self, behind: int) -> dict[str, Any]: ...
+    @abc.abstractmethod
+    def _load(self, state_dict: Mapping[str, Any]) -> None: ...
+    @abc.abstractmethod
+    def _kind(self) -> str: ...
+    @abc.abstractmethod
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same on load, by name."""
+
+
+_ADVICE = "start with it again, or leave this loader's position out with `strict=False`."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's share of each step: ``rank`` of ``world_size`` takes ``batch_size`` items."""
+
+    rank: int = 0
+    world_size: int = 1
+    batch_size: int = 1
+
+
+class ElasticLoader(Resumable):
+    """A map-style loader in the elastic order; made by :func:`~lightning_resume.data.resumable.make_resumable`.
+
+    Attributes:
+        elastic: Whether world size, batch size and workers may change between save and load. A custom
+            ``batch_sampler``, or a sampler that is each rank's own, ties the position to the world size.
+    """
+
+    def attach(
+        self,
+        loader: DataLoader[Any],
+        *,
+        source: Source,
+        start: order.OrderState,
+        share: Share,
+        ranks: int | None = None,
+        explicit_seed: bool = False,
+    ) -> None:
+        """Takes over from ``loader``. ``ranks`` is the world size that the position is tied to, if it is."""
+        self.__dict__.update(loader.__dict__)
+        self._begin_attributes()
+        self._user_loader, self._source, self._share = loader, source, share
+        self._start, self._explicit_seed, self._ranks = start, explicit_seed, ranks
+        self.sharing = Sharing.REPLICATED if ranks is None else Sharing.PER_RANK
+        self._engine: DataLoader[Any] | None = None
+
+    @property
+    def elastic(self) -> bool:
+        return self._ranks is None
+
+    @property
+    def epoch(self) -> int:
+        return self._start.epoch
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        return {"world_size": self._share.world_size, "batch_size": self._share.batch_size}
+
+    def __len__(self) -> int:
+        if not _is_sized(self._source):
+            return len(self._user_loader)  # the same TypeError as without us
+        return self._start.batches + order.steps_left(self._start, **self._counts)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self._start.epoch:
+            self._start = dataclasses.replace(self._start, epoch=epoch, consumed=0, batches=0)
+            self._begin_attributes()
+
+    def _at_end(self) -> bool:
+        return self._start.batches > 0 and order.steps_left(self._start, **self._counts) == 0
+
+    def _next_epoch(self) -> None:
+        position = self._position(0)
+        if _is_sized(self._source):
+            self._start = order.next_epoch(position, **self._counts)
+        else:
+            self._start = dataclasses.replace(position, epoch=position.epoch + 1, consumed=0, batches=0)
+
+    def _position(self, behind: int) -> order.OrderState:
+        return order.advance(self._start, self._taken - behind, **self._counts)
+
+    def _batches(self) -> Iterator[Any]:
+        if order.steps_left(self._start, **self._counts) == 0:
+            return
+        if self._engine is None:
+            self._engine = self._make_engine()
+        assert self._engine.generator is not None
+        self._engine.generator.manual_seed(keyed_seed("workers", self._start.seed, self._start.epoch))
+        with rng.preserved():
+            batches = iter(self._engine)
+        # without workers the dataset runs here, and seeds the global generators for each sample
+        isolated = rng.preserved if self.num_workers == 0 else contextlib.nullcontext
+        while True:
+            with isolated():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+
+    def _make_engine(self) -> DataLoader[Any]:
+        engine = copy.copy(self._user_loader)
+        dataset = KeyedDataset(self._user_loader.dataset, self._start.seed)
+        requests = Requests(self)
+        batched = self._user_loader.batch_sampler is not None
+        # DataLoader refuses these assignments after construction; the copy has not been iterated over yet
+        engine.__dict__.update(
+            dataset=dataset,
+            batch_sampler=requests if batched else None,
+            sampler=requests,
+            collate_fn=KeyedCollate(self._user_loader.collate_fn, dataset),
+            worker_init_fn=worker_init(self.worker_init_fn),
+            generator=torch.Generator(),
+            _iterator=None,
+        )
+        return engine
+
+    def requests(self) -> Iterator[list[Request]]:
+        """This rank's samples of each remaining step of the epoch."""
+        start = self._start
+        for step in range(order.steps_left(start, **self._counts)):
+            window = order.window(start, step, **self._counts)
+            mine = order.rank_slice(*window, rank=self._share.rank, world_size=self._share.world_size)
+            requests = self._source.take(start, *mine)
+            if requests:
+                yield requests
+            if len(requests) < mine[1] - mine[0]:
+                return  # an unsized sampler has come to its end
+
+    def _state(self, behind: int) -> dict[str, Any]:
+        return {
+            "kind": self._kind(),
+            "order": self._position(behind).to_dict(),
+            "source": self._source.state_dict(),
+            "explicit_seed": self._explicit_seed,
+            "fixed": self._fixed(),
+        }
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        self._start = order.OrderState.from_dict(state_dict["order"])
+        self._source.load_state_dict(state_dict["source"])
+        self._shut_down()
+
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        super().check(state_dict)
+        saved = order.OrderState.from_dict(state_dict["order"])
+        for field, advice in _ORDER_FIELDS.items():
+            if getattr(saved, field) != getattr(self._start, field):
+                raise CheckpointMismatchError(
+                    "loader",
+                    field,
+                    saved=getattr(saved, field),
+                    current=getattr(self._start, field),
+                    advice=f"{advice} Or leave this loader's position out with `strict=False`.",
+                )
+        if self._explicit_seed and state_dict["explicit_seed"] and saved.seed != self._start.seed:
+            raise CheckpointMismatchError(
+                "loader",
+                "seed",
+                saved=saved.seed,
+                current=self._start.seed,
+                advice="Another seed is another order: samples would repeat or be lost. Use the saved seed, or none.",
+            )
+
+    def _kind(self) -> str:
+        return self._source.kind
+
+    def _fixed(self) -> dict[str, Any]:
+        return {} if self._ranks is None else {"world_size": self._ranks}
+
+    @property
+    def _iterator(self) -> Any:
+        # what Lightning looks at to shut workers down
+        return None if self._engine is None else self._engine._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        if self._engine is not None and getattr(self._engine._iterator, "_shutdown_workers", None) is not None:
+            self._engine._iterator._shutdown_workers()  # type: ignore[union-attr]
+        self._engine = None
+
+
+_ORDER_FIELDS = {
+    "length": "The dataset has another number of samples: use the one that the run was started with.",
+    "fingerprint": "This is another dataset: use the one that the run was started with.",
+    "tail": "Use the same `drop_last` as before.",
+    "shuffle": "Use the same `shuffle` as before.",
+}
+
+
+@final
+class Requests:
+    """The engine's sampler: what is left of the epoch, this rank's part, as the loader says."""
+
+    def __init__(self, loader: ElasticLoader) -> None:
+        # weak, so that a dropped loader takes its engine and workers with it at once
+        self._loader = weakref.ref(loader)
+
+    @property
+    def loader(self) -> ElasticLoader:
+        loader = self._loader()
+        assert loader is not None
+        return loader
+
+    def __iter__(self) -> Iterator[Any]:
+        requests = self.loader.requests()
+        return requests if self.loader.batch_sampler is not None else (one for batch in requests for one in batch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+@final
+class BatchRequests:
+    """Splits what a custom ``batch_sampler`` gives into one request for each sample."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.length, self.kind = source.length, source.kind
+
+    def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
+        batches = self._source.take(state, start, stop)
+        return [Request(i, batch.epoch, (batch.key << 32) + n) for batch in batches for n, i in enumerate(batch.index)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._source.load_state_dict(state)
+
+
+def _is_sized(source: Source) -> bool:
+    return source.length < UNSIZED
+

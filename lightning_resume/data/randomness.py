@@ -1,0 +1,208 @@
+"""Random numbers of a sample: keyed by seed, epoch and sample, whatever the worker, world size or resume.
+
+A sampler asks for a sample with a :class:`Request`; :class:`KeyedDataset` seeds the generators from it before it asks
+the user's dataset, :class:`KeyedCollate` does the same for each batch. Both run wherever the batch is made: in the main
+process or in a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+
+from lightning_resume.state import rng
+
+
+class Request(NamedTuple):
+    """One sample to fetch: ``index`` into the dataset, and what its random numbers are keyed by."""
+
+    index: Any
+    epoch: int
+    key: int
+
+
+def keyed_seed(*parts: object) -> int:
+    """A 63-bit seed from a hash of ``parts``: sums of seed, epoch and index would alias."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class KeyedDataset(Dataset[Any]):
+    """Fetches samples of ``dataset`` with random numbers keyed by seed, epoch and sample."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.batch_key = 0  # read by KeyedCollate in the same process, after the samples of a batch were fetched
+
+    def __getitem__(self, request: Request) -> Any:
+        self.batch_key = keyed_seed("batch", self.seed, request.epoch, request.key)
+        rng.seed_all(keyed_seed("sample", self.seed, request.epoch, request.key))
+        return self.dataset[request.index]
+
+    def __getitems__(self, requests: Sequence[Request]) -> list[Any]:
+        if self._fetches_batches():
+            rng.seed_all(keyed_seed("sample", self.seed, requests[0].epoch, requests[0].key))
+            samples = self.dataset.__getitems__([request.index for request in requests])
+        else:
+            samples = [KeyedDataset.__getitem__(self, request) for request in requests]
+        self.batch_key = keyed_seed("batch", self.seed, requests[0].epoch, requests[0].key)
+        return samples  # type: ignore[no-any-return]
+
+    def _fetches_batches(self) -> bool:
+        # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
+        return not isinstance(self.dataset, Subset) and bool(getattr(self.dataset, "__getitems__", None))
+
+
+class KeyedCollate:
+    """Runs the user's ``collate_fn`` with random numbers keyed by the batch."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any], dataset: KeyedDataset | KeyedIterable) -> None:
+        self.collate_fn, self.dataset = collate_fn, dataset
+
+    def __call__(self, samples: Any) -> Any:
+        rng.seed_all(self.dataset.batch_key)
+        return self.collate_fn(samples)
+
+
+class EpochCell:
+    """The epoch, readable in workers that were started in an earlier one (``persistent_workers``)."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __int__(self) -> int:
+        return int(self._value)
+
+    def set(self, epoch: int) -> None:
+        self._value.fill_(epoch)
+
+
+class EpochKeyedDataset(KeyedDataset):
+    """A :class:`KeyedDataset` that is asked for plain indices; the epoch comes from ``epoch``."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: EpochCell) -> None:
+        super().__init__(dataset, seed)
+        self.epoch = epoch
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(Request(index, int(self.epoch), index))
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        return super().__getitems__([Request(index, int(self.epoch), index) for index in indices])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("state_dict", "load_state_dict"):  # so that a stateful dataset still looks like one
+            return getattr(self.dataset, name)
+        raise AttributeError(name)
+
+
+class KeyedIterable(IterableDataset[Any]):
+    """Iterates over ``dataset`` with random numbers keyed by seed, epoch, worker and count of items.
+
+    In the process that iterates, ``live`` is the latest iterator: its state is the position in the data.
+    """
+
+    def __init__(self, dataset: Iterable[Any], seed: int, epoch: EpochCell) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+        self.batch_key = 0
+        self.live: KeyedIterator | None = None
+        self.pending: Mapping[str, Any] | None = None
+
+    def __iter__(self) -> KeyedIterator:
+        stateful = is_stateful(self.dataset)
+        self.live = (StatefulKeyedIterator if stateful else KeyedIterator)(self)
+        if self.pending is not None and isinstance(self.live, StatefulKeyedIterator):
+            self.live.load_state_dict(self.pending)
+            self.pending = None
+        return self.live
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # a TypeError is what is expected of an unsized dataset
+
+
+class KeyedIterator(Iterator[Any]):
+    """One pass over a :class:`KeyedIterable`."""
+
+    def __init__(self, owner: KeyedIterable) -> None:
+        self.owner, self.count = owner, 0
+        info = get_worker_info()
+        self.worker = 0 if info is None else info.id
+        rng.seed_all(keyed_seed("iter", owner.seed, int(owner.epoch), self.worker))
+        self.inner = iter(owner.dataset)
+
+    def __next__(self) -> Any:
+        self.count += 1
+        key = ("item", self.owner.seed, int(self.owner.epoch), self.worker, self.count)
+        self.owner.batch_key = keyed_seed("batch", *key)
+        rng.seed_all(keyed_seed(*key))
+        return next(self.inner)
+
+
+class StatefulKeyedIterator(KeyedIterator):
+    """One pass over a dataset that saves and loads its own position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "dataset": copy.deepcopy(self.owner.dataset.state_dict())}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+        self.owner.dataset.load_state_dict(state["dataset"])  # type: ignore[attr-defined]
+        self.inner = iter(self.owner.dataset)
+
+
+def is_stateful(obj: object) -> bool:
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+def show_user_dataset(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
+    """Runs the user's ``worker_init_fn`` with ``get_worker_info().dataset`` being the user's own dataset."""
+    info = get_worker_info()
+    assert info is not None
+    if isinstance(info.dataset, (KeyedDataset, KeyedIterable)):
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo refuses ordinary assignment
+    if worker_init_fn is not None:
+        worker_init_fn(worker_id)
+
+
+def worker_init(worker_init_fn: Callable[[int], None] | None) -> Callable[[int], None]:
+    return functools.partial(show_user_dataset, worker_init_fn)
+
+
+class RandomStream:
+    """Random numbers of its own for code that draws from the global generators, keyed by ``parts``.
+
+    Enter it around each piece of that code: the stream goes on where it was, the outside notices nothing.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        with rng.preserved():
+            rng.seed_all(keyed_seed(*parts))
+            self._state = _global_state()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with rng.preserved():
+            _set_global_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _global_state()
+
+
+def _global_state() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+
+
+def _set_global_state(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])

@@ -1,0 +1,186 @@
+"""Chooses, for a loader of any kind, how its position is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_resume.data import order
+from lightning_resume.data.fingerprint import fingerprint
+from lightning_resume.data.loader import BatchRequests, ElasticLoader, Resumable, Share
+from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
+from lightning_resume.data.stream import ResumableIterable, StreamLoader, iterable_engine_of, keyed_engine_of
+
+
+def make_resumable(
+    loader: Iterable[Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int | None = None,
+    tail: order.Tail | None = None,
+) -> Any:
+    """Returns a loader that stands in for ``loader`` and knows its position.
+
+    Map-style loaders get the elastic order; iterable datasets, ``StatefulDataLoader`` and other iterables keep their
+    own. The result has the attributes of ``loader`` and is an instance of its class; ``loader`` itself is not changed.
+
+    Args:
+        loader: A ``DataLoader``, or any iterable over batches that can be iterated over again.
+        rank: This process's index among those that see different data.
+        world_size: Number of processes that see different data.
+        seed: Key of the order and of the samples' random numbers. By default what the loader's sampler or its
+            ``generator`` was seeded with, or ``seed_everything``, or torch's initial seed.
+        tail: What becomes of the samples that do not fill a step; by default as ``drop_last`` says.
+
+    Raises:
+        ValueError: The dataset has fewer samples than there are ranks.
+    """
+    if isinstance(loader, Resumable):
+        return loader
+    if not isinstance(loader, DataLoader):
+        iterable = ResumableIterable()
+        engine = iterable_engine_of(loader, _seed(None, seed)[0])
+        iterable.attach(loader, engine, seed=engine.keyed.seed, fixed={"world_size": world_size})
+        return iterable
+    stateful_dataloader = _is_stateful_dataloader(loader)
+    if stateful_dataloader or isinstance(loader.dataset, IterableDataset):
+        return _stream(loader, world_size=world_size, seed=seed, stateful_dataloader=stateful_dataloader)
+    return _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail)
+
+
+def _is_stateful_dataloader(loader: DataLoader[Any]) -> bool:
+    return any(
+        cls.__name__ == "StatefulDataLoader" and cls.__module__.startswith("torchdata.") for cls in type(loader).__mro__
+    )
+
+
+def _stream(loader: DataLoader[Any], *, world_size: int, seed: int | None, stateful_dataloader: bool) -> StreamLoader:
+    engine = keyed_engine_of(loader, _seed(loader, seed)[0], stateful_dataloader=stateful_dataloader)
+    stream: StreamLoader = _stand_in(StreamLoader, loader)
+    fixed = {"world_size": world_size, "num_workers": loader.num_workers, "batch_size": loader.batch_size}
+    stream.attach(loader, engine, seed=engine.keyed.seed, fixed=fixed)
+    return stream
+
+
+def _elastic(
+    loader: DataLoader[Any], *, rank: int, world_size: int, seed: int | None, tail: order.Tail | None
+) -> ElasticLoader:
+    key, explicit = _seed(loader, seed)
+    custom_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    sampler = loader.batch_sampler if custom_batches else loader.sampler
+    assert sampler is not None
+    # what each rank draws for itself can only be gone on with by that rank: it is an order of its own
+    own = custom_batches or (world_size > 1 and not _is_shared(sampler))
+    source: Source = _replayed(sampler, key) if own else _shared_source(loader, sampler, key)
+    if custom_batches:
+        source = BatchRequests(source)
+    share = Share(rank=rank, world_size=world_size, batch_size=loader.batch_size or 1)
+    if own:
+        share = Share(batch_size=1 if custom_batches else share.batch_size)
+    if source.length < share.world_size:
+        raise ValueError(
+            f"The dataset has {source.length} samples for {share.world_size} ranks, so some rank would get none."
+            " Use fewer ranks, or let every rank see all samples with `use_distributed_sampler=False`."
+        )
+    elastic: ElasticLoader = _stand_in(ElasticLoader, loader)
+    elastic.attach(
+        loader,
+        source=source,
+        share=share,
+        ranks=world_size if own else None,
+        explicit_seed=explicit,
+        start=order.OrderState(
+            seed=key,
+            length=source.length,
+            tail=tail or (order.Tail.DROP if _drops_last(loader) and not custom_batches else order.Tail.EVEN),
+            shuffle=source.kind == "shuffled",
+            fingerprint=fingerprint(loader.dataset),
+        ),
+    )
+    return elastic
+
+
+def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
+    """The order that all ranks share, of which each takes its part."""
+    if type(sampler) is DistributedSampler:
+        return Permuted(_length(loader), shuffle=sampler.shuffle)
+    if isinstance(sampler, DistributedSampler):  # Lightning's wrapper of the user's own sampler
+        return _shared_source(loader, sampler.dataset._sampler, key)  # type: ignore[attr-defined]
+    if type(sampler) is SequentialSampler:
+        return Permuted(_length(loader), shuffle=False)
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == _length(loader):
+        return Permuted(_length(loader), shuffle=True)
+    return _replayed(sampler, key)
+
+
+def _is_shared(sampler: object) -> bool:
+    """Whether Lightning, or the user with torch's class, asked for one order that is divided over the ranks."""
+    return type(sampler) is DistributedSampler or hasattr(getattr(sampler, "dataset", None), "_sampler")
+
+
+def _replayed(sampler: Iterable[Any], key: int) -> Source:
+    return Replayed(sampler, key, length=len(sampler) if _has_length(sampler) else UNSIZED)
+
+
+def _has_length(sampler: object) -> bool:
+    try:
+        len(sampler)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _length(loader: DataLoader[Any]) -> int:
+    if not isinstance(loader.dataset, Sized):
+        raise TypeError(
+            f"The dataset {type(loader.dataset).__name__} has no `__len__`. Add one, or make it an IterableDataset."
+        )
+    return len(loader.dataset)
+
+
+def _drops_last(loader: DataLoader[Any]) -> bool:
+    return bool(getattr(loader.batch_sampler, "drop_last", False) or getattr(loader.sampler, "drop_last", False))
+
+
+def _seed(loader: DataLoader[Any] | None, seed: int | None) -> tuple[int, bool]:
+    """The key of the order, and whether anybody chose it."""
+    if seed is not None:
+        return seed, True
+    generator = getattr(loader, "generator", None) or getattr(getattr(loader, "sampler", None), "generator", None)
+    if isinstance(generator, torch.Generator):
+        return generator.initial_seed() & _MASK, True
+    chosen = os.environ.get("PL_GLOBAL_SEED")
+    sampler_seed = getattr(getattr(loader, "sampler", None), "seed", None)
+    if isinstance(sampler_seed, int):  # DistributedSampler: Lightning seeds it from PL_GLOBAL_SEED, else with 0
+        return sampler_seed & _MASK, chosen is not None or sampler_seed != 0
+    return (int(chosen), True) if chosen is not None else (torch.initial_seed() & _MASK, False)
+
+
+_MASK = (1 << 63) - 1
+
+
+def _stand_in(cls: type, loader: object) -> Any:
+    """An instance of both ``cls`` and the user's class, so that the user's ``isinstance`` checks go on working."""
+    both = type(f"{cls.__name__}[{type(loader).__name__}]", (cls, type(loader)), {})
+    return both.__new__(both)
+
+
+def describe(loader: Resumable) -> Mapping[str, Any]:
+    """What the manifest says about a loader."""
+    return {
+        "kind": loader._kind(),
+        "num_workers": getattr(loader, "num_workers", 0),
+        "batch_size": getattr(loader, "batch_size", None),
+    }

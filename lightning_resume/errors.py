@@ -1,0 +1,58 @@
+"""Errors that lightning-resume raises for its users. Each says what was found, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class ResumeError(Exception):
+    """Base class of every error that lightning-resume raises for its users."""
+
+
+class CheckpointNotFoundError(ResumeError, FileNotFoundError):
+    """The path holds no checkpoint of any kind that can be read."""
+
+
+class CheckpointIncompleteError(ResumeError, ValueError):
+    """The folder was left by a save that did not finish: its manifest is missing."""
+
+
+class CheckpointCorruptError(ResumeError, ValueError):
+    """What is stored differs from what the manifest says was written."""
+
+
+class CheckpointVersionError(ResumeError, ValueError):
+    """The checkpoint was written in a newer format than this version of lightning-resume reads."""
+
+
+class CheckpointSaveError(ResumeError, RuntimeError):
+    """A save failed on at least one rank; raised on every rank, the older checkpoint is untouched."""
+
+
+class CheckpointMismatchError(ResumeError, ValueError):
+    """The checkpoint does not fit the objects it is loaded into.
+
+    Raised before anything is changed.
+
+    Args:
+        component: Which part of the state differs, for example ``"model"`` or ``"loader"``.
+        field: What differs within it, for example ``"seed"``.
+        saved: The value in the checkpoint.
+        current: The value of the object that the checkpoint was to be loaded into.
+        advice: What the user can do about it.
+    """
+
+    def __init__(self, component: str, field: str, *, saved: object, current: object, advice: str) -> None:
+        self.component, self.field, self.saved, self.current = component, field, saved, current
+        super().__init__(
+            f"The checkpoint does not fit the current {component}: {field} differs.\n"
+            f"  saved:   {saved}\n"
+            f"  current: {current}\n"
+            f"{advice}"
+        )
+
+
+class UnsafeCheckpointError(ResumeError, ValueError):
+    """The checkpoint holds objects outside the allow-list; loading them would need the caller's explicit trust."""
+
+
+class RemoteStorageError(ResumeError, NotImplementedError):
+    """The path is a URL; this version saves to and loads from local (or mounted) filesystems only."""

@@ -1,0 +1,134 @@
+"""The random number generators of this process: Python's, NumPy's, torch's, and those of the accelerator in use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RngState:
+    """One rank's generators at one moment. ``accelerator`` is ``None`` where no accelerator was in use."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    torch: torch.Tensor
+    accelerator: torch.Tensor | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only, so that it loads with ``weights_only=True``."""
+        inner = self.numpy["state"]
+        return {
+            "python": [self.python[0], torch.tensor(self.python[1], dtype=torch.int64), self.python[2]],
+            "numpy": {
+                "key": torch.from_numpy(inner["key"].astype(np.int64)),
+                "pos": int(inner["pos"]),
+                "has_gauss": int(self.numpy["has_gauss"]),
+                "gauss": float(self.numpy["gauss"]),
+            },
+            "torch": self.torch,
+            "accelerator": self.accelerator,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RngState:
+        version, key, gauss_next = plain["python"]
+        numpy = plain["numpy"]
+        return cls(
+            python=(version, tuple(key.tolist()), gauss_next),
+            numpy={
+                "bit_generator": "MT19937",
+                "state": {"key": numpy["key"].numpy().astype(np.uint32), "pos": numpy["pos"]},
+                "has_gauss": numpy["has_gauss"],
+                "gauss": numpy["gauss"],
+            },
+            torch=plain["torch"],
+            accelerator=plain["accelerator"],
+        )
+
+
+def capture() -> RngState:
+    """Reads all generators of this process without advancing any of them."""
+    module = _accelerator_module()
+    numpy = np.random.get_state(legacy=False)
+    return RngState(
+        python=random.getstate(),
+        numpy=numpy,  # type: ignore[arg-type]  # a dict, because legacy=False
+        torch=torch.get_rng_state(),
+        accelerator=None if module is None else module.get_rng_state(),
+    )
+
+
+def restore(state: RngState) -> None:
+    """Sets all generators of this process to ``state``."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    module = _accelerator_module()
+    if module is not None and state.accelerator is not None:
+        module.set_rng_state(state.accelerator)
+
+
+def seed_all(key: int) -> None:
+    """Seeds Python, NumPy and torch CPU with a 64-bit ``key``; accelerators are left alone.
+
+    ``torch.manual_seed`` would also visit every accelerator, which costs ten times as much and per-sample code calls
+    this for each sample.
+    """
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key)
+
+
+def derive(state: RngState, rank: int) -> RngState:
+    """A state for a rank that did not exist when ``state``, rank 0's, was saved: a pure function of both."""
+    digest = hashlib.blake2b(b"lightning-resume.rng", digest_size=8)
+    digest.update(state.torch.numpy().tobytes())
+    digest.update(str(rank).encode())
+    with preserved():
+        seed_all(int.from_bytes(digest.digest(), "little") >> 1)
+        derived = capture()
+    return dataclasses.replace(derived, accelerator=_derived_accelerator(derived, rank, state))
+
+
+def _derived_accelerator(derived: RngState, rank: int, state: RngState) -> torch.Tensor | None:
+    module = _accelerator_module()
+    if module is None or state.accelerator is None:
+        return None
+    before = module.get_rng_state()
+    module.manual_seed(int(derived.torch[:8].sum()) * 1_000_003 + rank)
+    after = module.get_rng_state()
+    module.set_rng_state(before)
+    return after  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def preserved() -> Iterator[None]:
+    """Whatever runs inside draws no random number as far as the code outside can tell."""
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+
+
+def _accelerator_module() -> Any:
+    """The module of the accelerator that this process has really used: asking must not initialise one."""
+    if not torch.accelerator.is_available():
+        return None
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    module = torch.get_device_module(accelerator)
+    is_initialized = getattr(module, "is_initialized", None)
+    if is_initialized is not None and not is_initialized():
+        return None
+    return module
