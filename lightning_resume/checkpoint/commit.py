@@ -48,7 +48,7 @@ def publish(staged: Path, target: Path) -> None:
     At every instant ``target``, or its retired name (:func:`~lightning_resume.checkpoint.layout.resolve` finds it),
     holds the old or the new one, whole. When this raises, the old one is in its place.
     """
-    if os.path.lexists(target):
+    if os.path.lexists(target) and (_is_folder(staged) or _is_folder(target)):
         discard(_swap(staged, target))
     else:
         os.rename(staged, target)
@@ -101,6 +101,10 @@ def clean_leftovers(root: str | os.PathLike[str], *, name: str | None = None) ->
     for path in found:
         discard(path)
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _swap(staged: Path, target: Path) -> Path:

@@ -12,8 +12,8 @@ from lightning_resume.checkpoint.names import (
     MANIFEST_NAME,
     META_NAME,
     METADATA_NAME,
-    as_leftover,
     find_leftovers,
+    is_staged,
     is_step_name,
     resolve,
     step_name,
@@ -58,7 +58,7 @@ def classify(path: str | os.PathLike[str]) -> Kind:
         return Kind.MISSING
     if not found.is_dir():
         return Kind.SINGLE_FILE
-    return Kind.INCOMPLETE if _is_staged(found) else _classify_folder(found)
+    return Kind.INCOMPLETE if is_staged(found) else _classify_folder(found)
 
 
 def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
@@ -94,7 +94,7 @@ def next_sequence(root: str | os.PathLike[str]) -> int:
     """Returns one more than the highest sequence of the complete checkpoints in ``root``, 0 where there are none."""
     folder = local_path(root)
     paths = [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
-    found = [_sequence_of(path) for path in paths if (path / MANIFEST_NAME).is_file() and not _is_staged(path)]
+    found = [_sequence_of(path) for path in paths if (path / MANIFEST_NAME).is_file() and not is_staged(path)]
     return max(found, default=-1) + 1
 
 
@@ -106,11 +106,6 @@ def _classify_folder(folder: Path) -> Kind:
     if (folder / META_NAME).is_file() or any(folder.glob("__*.distcp")):
         return Kind.INCOMPLETE
     return Kind.RUN_FOLDER if _step_paths(folder) else Kind.NOT_A_CHECKPOINT
-
-
-def _is_staged(path: Path) -> bool:
-    leftover = as_leftover(path)
-    return leftover is not None and not leftover.retired
 
 
 def _is_ours(folder: Path) -> bool:

@@ -59,6 +59,12 @@ def as_leftover(path: Path) -> Leftover | None:
     return Leftover(path=path, of=path.with_name(match["name"]), retired=match["stage"] == "old")
 
 
+def is_staged(path: Path) -> bool:
+    """Says whether ``path`` is a folder that a save was still filling, or a delete was emptying."""
+    leftover = as_leftover(path)
+    return leftover is not None and not leftover.retired
+
+
 def find_leftovers(root: Path) -> Iterator[Leftover]:
     """Yields everything in the folder ``root`` that an unfinished save left there, in order of name."""
     names = sorted(os.listdir(root)) if root.is_dir() else []

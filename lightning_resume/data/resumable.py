@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -176,11 +176,3 @@ def _stand_in(cls: type, loader: object) -> Any:
     both = type(f"{cls.__name__}[{type(loader).__name__}]", (cls, type(loader)), {})
     return both.__new__(both)
 
-
-def describe(loader: Resumable) -> Mapping[str, Any]:
-    """What the manifest says about a loader."""
-    return {
-        "kind": loader._kind(),
-        "num_workers": getattr(loader, "num_workers", 0),
-        "batch_size": getattr(loader, "batch_size", None),
-    }

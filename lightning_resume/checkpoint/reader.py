@@ -1,0 +1,275 @@
+"""Reads a checkpoint folder: ours, or one that stock Lightning or torch.distributed.checkpoint wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from lightning_resume._distributed import agree, is_distributed
+from lightning_resume.checkpoint._dcp import (
+    ObjectPath,
+    StorageInfo,
+    flatten,
+    is_distributed_tensor,
+    local_target,
+    set_element,
+    unflatten_state_dict,
+)
+from lightning_resume.checkpoint.catalog import Catalog, TensorInfo
+from lightning_resume.checkpoint.filesystem import local_path
+from lightning_resume.checkpoint.items import ItemSource
+from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
+from lightning_resume.checkpoint.manifest import Manifest, read_manifest
+from lightning_resume.checkpoint.names import MANIFEST_NAME, META_NAME, METADATA_NAME, is_staged
+from lightning_resume.checkpoint.safe import load_tensor, safe_load
+from lightning_resume.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
+
+__all__ = ["CheckpointReader", "TensorInfo"]
+
+T = TypeVar("T")
+
+
+class CheckpointReader:
+    """One checkpoint folder, opened; every byte of ours is verified against the manifest before it is used.
+
+    Args:
+        path: The checkpoint folder.
+        trust: Let stored objects be of any class, which can run code that the checkpoint's writer chose.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint folder at ``path``.
+        CheckpointIncompleteError: The save that wrote it did not finish.
+        CheckpointVersionError: It is of a newer format.
+        CheckpointCorruptError: The manifest or ``.metadata`` is damaged.
+        UnsafeCheckpointError: ``.metadata`` could run code.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, trust: bool = False) -> None:
+        self.path: Path = local_path(path)
+        self.manifest: Manifest | None = _open(self.path)
+        self.trust: bool = trust
+        self._source = ItemSource(resolve(self.path), self.manifest)
+        self._catalog = Catalog(self._source.whole(METADATA_NAME), source=str(self.path / METADATA_NAME))
+        if self.manifest is None and self._catalog.leaves:
+            raise CheckpointIncompleteError(
+                f"{self.path} was written by lightning-resume but has lost its manifest: it was copied or deleted in "
+                "part. Load another checkpoint, or copy it again."
+            )
+
+    @property
+    def keys(self) -> Mapping[str, TensorInfo | None]:
+        """Every flat key but our leaves, with the global shape and dtype of a tensor, None for any other object."""
+        return self._catalog.keys
+
+    @property
+    def mappings(self) -> Mapping[str, ObjectPath]:
+        """The path of every flat key in the nested state."""
+        return self._catalog.mappings
+
+    def leaf_names(self) -> list[str]:
+        return list(self._catalog.leaves)
+
+    def has_leaf(self, name: str) -> bool:
+        return name in self._catalog.leaves
+
+    def leaf(self, name: str) -> bytes:
+        """Returns the bytes that some rank saved under ``name``.
+
+        Raises:
+            KeyError: There is no such leaf.
+            CheckpointCorruptError: What is stored differs from what was saved.
+        """
+        if not self.has_leaf(name):
+            raise KeyError(name)
+        data = self._source.item(name, self._catalog.where(self._catalog.leaf_index(name)))
+        return self._as_tensor(name, data).numpy().tobytes()
+
+    def load_into(self, state: dict[str, Any]) -> None:
+        """Fills the tensors in ``state`` in place and replaces its other values, as ``dcp.load`` does.
+
+        Every rank reads what it needs. Where ``state`` holds distributed tensors this must be called on all ranks, and
+        an error on one is raised on all; when reading itself fails, tensors may be filled in part.
+
+        Raises:
+            CheckpointMismatchError: A key is missing, or of another kind or shape; raised before anything is read.
+            CheckpointCorruptError: What is stored differs from what was saved.
+            UnsafeCheckpointError: An object's class is not on the allow-list.
+        """
+        flat, mappings = flatten(state)
+        together = is_distributed() and any(map(is_distributed_tensor, flat.values()))
+        run: Callable[[str, Callable[[], Any]], Any] = agree if together else _alone
+        run(f"checking the state against {self.path}", partial(self._check_fits, flat))
+        for key, value in run(f"loading {self.path}", partial(self._fill, flat)).items():
+            set_element(state, mappings[key], value)
+
+    def read(self, prefixes: Sequence[str] | None = None) -> dict[str, Any]:
+        """Returns the nested state with whole tensors on the CPU; needs no process group and calls no collective.
+
+        Args:
+            prefixes: The top-level names to read; all of them by default. A name that is not there is left out.
+
+        Raises:
+            CheckpointCorruptError: What is stored differs from what was saved.
+            UnsafeCheckpointError: An object's class is not on the allow-list.
+        """
+        wanted = [key for key, path in self.mappings.items() if prefixes is None or path[0] in prefixes]
+        flat = {key: _empty(self.keys[key]) for key in wanted}
+        flat |= self._fill(flat)
+        return unflatten_state_dict(flat, dict(self.mappings))
+
+    def meta(self, *, weights_only: bool = True) -> Any:
+        """Returns the object of ``meta.pt``, an empty dict where there is none.
+
+        Args:
+            weights_only: False lets it be of any class, which can run code that the checkpoint's writer chose.
+
+        Raises:
+            UnsafeCheckpointError: It holds classes that are not on the allow-list; names them.
+            CheckpointCorruptError: The file differs from what was saved.
+        """
+        if not self._source.has(META_NAME):
+            return {}
+        data = self._source.whole(META_NAME)
+        return self._decode(META_NAME, partial(safe_load, data, trust=self.trust or not weights_only))
+
+    def verify(self) -> None:
+        """Reads every file and checks it against the manifest; of a stock checkpoint there is nothing to check.
+
+        Raises:
+            CheckpointCorruptError: A file is missing or differs from what was saved; names it.
+        """
+        self._source.verify()
+
+    def _check_fits(self, flat: Mapping[str, Any]) -> None:
+        for key, value in flat.items():
+            if key not in self.keys:
+                raise _mismatch(key, "the key", saved=_neighbours(key, self.keys), current=_describe(value))
+            saved = self.keys[key]
+            if (saved is None) != (not isinstance(value, torch.Tensor) and not is_distributed_tensor(value)):
+                raise _mismatch(key, "the kind of value", saved=_describe(saved), current=_describe(value))
+            if saved is not None and tuple(value.size()) != saved.shape:
+                raise _mismatch(key, "the global shape", saved=saved.shape, current=tuple(value.size()))
+            if getattr(value, "is_meta", False):
+                raise _mismatch(key, "the device", saved=_describe(saved), current="meta; materialize it first")
+
+    def _fill(self, flat: dict[str, Any]) -> dict[str, Any]:
+        """Copies what is stored into the tensors of ``flat``; returns the other values by key."""
+        for key in flat:
+            self._catalog.check_covered(key)
+        values: dict[str, Any] = {}
+        for info, requests in self._requests(flat):
+            key = requests[0].storage_index.fqn
+            data = self._source.item(key, info)
+            if requests[0].type == LoadItemType.BYTE_IO:
+                values[key] = self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))
+            else:
+                self._copy(flat, self._as_tensor(key, data), requests)
+        return values
+
+    def _requests(self, flat: dict[str, Any]) -> Iterator[tuple[StorageInfo, list[ReadItem]]]:
+        """Yields each stored item that ``flat`` needs, once and in the order of the files, with all that is wanted."""
+        plan = create_default_local_load_plan(flat, self._catalog.metadata, True)
+        placed = [(self._catalog.where(item.storage_index), item) for item in plan.items]
+        placed.sort(key=lambda pair: _place(pair[0]))
+        for _, group in groupby(placed, key=lambda pair: _place(pair[0])):
+            pairs = list(group)
+            yield pairs[0][0], [item for _, item in pairs]
+
+    def _copy(self, flat: dict[str, Any], tensor: torch.Tensor, requests: Sequence[ReadItem]) -> None:
+        for request in requests:
+            target = _narrow(local_target(flat, request.dest_index), request.dest_offsets, request.lengths)
+            target.copy_(_narrow(tensor, request.storage_offsets, request.lengths))
+
+    def _as_tensor(self, key: str, data: bytes) -> torch.Tensor:
+        tensor = self._decode(f"item {key!r}", partial(load_tensor, data))
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointCorruptError(f"{self.path}: item {key!r} is a {type(tensor).__name__}, not a tensor.")
+        return tensor
+
+    def _decode(self, what: str, load: Callable[..., Any]) -> Any:
+        try:
+            return load(name=f"{self.path}: {what}")
+        except UnsafeCheckpointError:
+            raise
+        except Exception as error:
+            # what torch raises for damaged bytes is any of a dozen kinds
+            raise CheckpointCorruptError(
+                f"The checkpoint {self.path} is damaged: {what} cannot be read ({type(error).__name__}: {error}). "
+                "Load another checkpoint, or copy this one again from its source."
+            ) from error
+
+
+def _open(path: Path) -> Manifest | None:
+    """Returns the manifest of our checkpoint at ``path``, None for a stock one; raises where there is neither."""
+    found = resolve(path)
+    if (found / MANIFEST_NAME).is_file() and not is_staged(found):
+        return read_manifest(path)
+    kind = classify(path)
+    if kind is Kind.SHARDED:
+        return None
+    if kind is Kind.INCOMPLETE:
+        raise CheckpointIncompleteError(
+            f"{path} is what an unfinished save left: {MANIFEST_NAME}, which a save writes last, is missing. "
+            "Load an older checkpoint."
+        )
+    raise CheckpointNotFoundError(f"There is no checkpoint folder at {path}: found {kind.value}.{_hint(path, kind)}")
+
+
+def _hint(path: Path, kind: Kind) -> str:
+    if kind is Kind.RUN_FOLDER:
+        names = [checkpoint.name for checkpoint in list_checkpoints(path)]
+        return f" Load one of its checkpoints, newest first: {', '.join(names) or 'none of them is complete'}."
+    if kind is Kind.SINGLE_FILE:
+        return " Read a single-file checkpoint with torch.load or the strategy's own load_checkpoint."
+    return " Check the path."
+
+
+def _alone(_what: str, act: Callable[[], T]) -> T:
+    return act()
+
+
+def _place(info: StorageInfo) -> tuple[str, int, int]:
+    return info.relative_path, info.offset, info.length
+
+
+def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dimension, offset, length)
+    return tensor
+
+
+def _empty(info: TensorInfo | None) -> torch.Tensor | None:
+    return None if info is None else torch.empty(info.shape, dtype=info.dtype)
+
+
+def _mismatch(key: str, field: str, *, saved: object, current: object) -> CheckpointMismatchError:
+    advice = "Load into the model, optimizer and settings that were saved, or load only the parts that fit."
+    return CheckpointMismatchError(f"state {key!r}", field, saved=saved, current=current, advice=advice)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, TensorInfo):
+        return f"a {value.dtype} tensor of shape {value.shape}"
+    if isinstance(value, torch.Tensor) or is_distributed_tensor(value):
+        return f"a {value.dtype} tensor of shape {tuple(value.size())}"
+    return "an object that is not a tensor" if value is None else f"a {type(value).__name__}"
+
+
+def _neighbours(key: str, keys: Mapping[str, Any]) -> str:
+    top = key.split(".")[0]
+    near = [name for name in keys if name.split(".")[0] == top][:5]
+    return f"no such key; under {top!r}: {', '.join(near)}" if near else f"nothing under {top!r}"

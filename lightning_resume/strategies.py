@@ -1,0 +1,211 @@
+"""Fabric strategies whose checkpoints bring the whole run back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import enable_wrap
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_resume import manager
+from lightning_resume._lightning import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    user_checkpoint_io,
+)
+from lightning_resume.checkpoint.components import SavedComponents
+from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.data.loader import Resumable
+from lightning_resume.data.resumable import make_resumable
+from lightning_resume.run import Tracker, describe
+
+_Path = str | os.PathLike[str]
+
+
+class ResumeMixin:
+    """Makes a Fabric strategy save and load the whole run; put it before the strategy's class.
+
+    ``fabric.save`` also saves the position of every loader that ``fabric.setup_dataloaders`` returned and the random
+    number generators of every rank, whether or not the loaders are in ``state``. ``fabric.load`` restores them when
+    ``state`` holds an optimizer or a loader, so that the next ``for batch in loader`` goes on where the run was; with
+    a model alone it loads just that.
+
+    A batch is consumed when the optimizer has stepped on it. A checkpoint taken inside a gradient accumulation window
+    goes back to the last step, with a warning.
+
+    Example::
+
+        class ResumableXYZStrategy(ResumeMixin, XYZStrategy): ...
+
+    Args:
+        save_distributed_checkpoint: ``True`` saves a folder to which every rank writes its part, ``False`` one file
+            that plain ``torch.load`` reads.
+    """
+
+    _save_distributed_checkpoint: bool
+
+    def __init__(self, *args: Any, save_distributed_checkpoint: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._tracker = Tracker()
+        self._modules: list[Module] = []
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        loader = super().process_dataloader(dataloader)  # type: ignore[misc]
+        share = getattr(self, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        resumable = make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
+        self._tracker.add_loader(resumable)
+        return resumable
+
+    def setup_module_and_optimizers(self, module: Module, optimizers: list[Optimizer], *args: Any) -> Any:
+        result = super().setup_module_and_optimizers(module, optimizers, *args)  # type: ignore[misc]
+        self._remember(result[0], result[1])
+        return result
+
+    def setup_module(self, module: Module) -> Module:
+        module = super().setup_module(module)  # type: ignore[misc]
+        self._remember(module, [])
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        optimizer = super().setup_optimizer(optimizer)  # type: ignore[misc]
+        self._remember(None, [optimizer])
+        return optimizer
+
+    def _remember(self, module: Module | None, optimizers: list[Optimizer]) -> None:
+        if module is not None and not any(module is known for known in self._modules):
+            self._modules.append(module)
+        for optimizer in optimizers:
+            if not getattr(optimizer, "_lightning_resume_watched", False):
+                optimizer._lightning_resume_watched = True  # type: ignore[attr-defined]
+                self._tracker.watch(optimizer)
+
+    def backward(self, tensor: Any, module: Module | None, *args: Any, **kwargs: Any) -> None:
+        super().backward(tensor, module, *args, **kwargs)  # type: ignore[misc]
+        self._tracker.backward()
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        steps = self._tracker.steps
+        output = super().optimizer_step(optimizer, **kwargs)  # type: ignore[misc]
+        if self._tracker.steps == steps:  # a step that the precision plugin left out consumed its batches as well
+            self._tracker.stepped()
+        return output
+
+    def save_checkpoint(
+        self,
+        path: _Path,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        components = self._tracker.components()
+        objects = manager.Objects.of(self._with_loader_states(state), more_modules=self._modules)
+        if self._save_distributed_checkpoint:
+            if storage_options is not None:
+                raise TypeError(
+                    f"`{type(self).__name__}` saves folders without a `CheckpointIO`, so `storage_options` has no"
+                    " effect. Leave it out, or save one file with `save_distributed_checkpoint=False`."
+                )
+            topology = manager.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
+            manager.save_folder(path, objects, components, filter=filter, topology=topology, step=self._tracker.steps)
+        else:
+            write = self._user_io(path, storage_options)
+            manager.save_file(path, objects, components, filter=filter, write=write)
+
+    def _with_loader_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """``state`` with the loaders that we follow replaced by their positions, as stock Lightning would save them."""
+        positions = dict(zip(map(id, self._tracker.loaders), self._tracker.loader_states(), strict=True))
+        return {key: positions.get(id(value), value) for key, value in state.items()}
+
+    def _user_io(self, path: _Path, storage_options: Any) -> Callable[[dict[str, Any]], None] | None:
+        checkpoint_io = user_checkpoint_io(self)
+        if checkpoint_io is None and storage_options is None:
+            return None
+        return lambda content: self.checkpoint_io.save_checkpoint(  # type: ignore[attr-defined,no-any-return]
+            content, path, storage_options=storage_options
+        )
+
+    def load_checkpoint(
+        self,
+        path: _Path,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        found, kind = manager.locate(path)
+        trust = weights_only is False
+        if isinstance(state, (Module, Optimizer)):
+            manager.load_raw(found, kind, state, more_modules=self._modules, strict=strict, trust=trust)
+            return {}
+        state = {} if state is None else state
+        followed = {key for key, value in state.items() if any(value is loader for loader in self._tracker.loaders)}
+        asked = {key: value for key, value in state.items() if key not in followed}
+        resumes = bool(followed) or any(isinstance(value, (Optimizer, Resumable)) for value in state.values())
+
+        def check(components: SavedComponents | None) -> None:
+            if resumes and components is not None:
+                self._tracker.check(components, strict=strict)
+
+        load = manager.load_single_file if kind is Kind.SINGLE_FILE else manager.load_folder
+        objects = manager.Objects.of(asked, more_modules=self._modules)
+        loaded = load(found, asked, objects, strict=strict, trust=trust, check=check, content_if_empty=not state)
+        state.update(asked)
+        for key in followed:
+            loaded.remainder.pop(key, None)
+        if resumes and loaded.components is not None:
+            self._tracker.restore(loaded.components, strict=strict)
+        elif resumes:
+            manager.warn_foreign(found)
+        return loaded.remainder
+
+
+class ResumableSingleDeviceStrategy(ResumeMixin, SingleDeviceStrategy):
+    """:class:`~lightning.fabric.strategies.SingleDeviceStrategy` with :class:`ResumeMixin`."""
+
+
+class ResumableDDPStrategy(ResumeMixin, DDPStrategy):
+    """:class:`~lightning.fabric.strategies.DDPStrategy` with :class:`ResumeMixin`."""
+
+
+class ResumableModelParallelStrategy(ResumeMixin, ModelParallelStrategy):
+    """:class:`~lightning.fabric.strategies.ModelParallelStrategy` (FSDP2, tensor parallel) with :class:`ResumeMixin`."""
+
+
+class ResumableFSDPStrategy(ResumeMixin, FSDPStrategy):
+    """:class:`~lightning.fabric.strategies.FSDPStrategy` with :class:`ResumeMixin`; runs on CPU too.
+
+    ``state_dict_type="full"`` saves one file.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        sharded = kwargs.get("state_dict_type", "sharded") == "sharded"
+        super().__init__(*args, save_distributed_checkpoint=sharded, **kwargs)
+
+    def setup_module(self, module: Module) -> Module:
+        wrapped = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
+        if self.root_device.type == "cpu" and not wrapped:
+            # stock Lightning passes the device's index, which a CPU does not have; what is wrapped already it leaves be
+            module = FullyShardedDataParallel(module, **self._fsdp_arguments())
+            self._fsdp_kwargs.pop("auto_wrap_policy", None)
+        return super().setup_module(module)
+
+    def module_sharded_context(self) -> AbstractContextManager[Any]:
+        if self.root_device.type == "cpu":
+            return enable_wrap(wrapper_cls=FullyShardedDataParallel, **self._fsdp_arguments())
+        return super().module_sharded_context()
+
+    def _fsdp_arguments(self) -> dict[str, Any]:
+        return {
+            "cpu_offload": self.cpu_offload,
+            "mixed_precision": self.mixed_precision_config,
+            "sharding_strategy": self.sharding_strategy,
+            "device_id": self.root_device,
+            **self._fsdp_kwargs,
+        }
