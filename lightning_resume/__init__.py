@@ -1,5 +1,6 @@
 """Makes a resumed PyTorch Lightning run the same run."""
 
+from lightning_resume.callback import ResumeCallback
 from lightning_resume.strategies import (
     ResumableDDPStrategy,
     ResumableFSDPStrategy,
@@ -13,5 +14,6 @@ __all__ = [
     "ResumableFSDPStrategy",
     "ResumableModelParallelStrategy",
     "ResumableSingleDeviceStrategy",
+    "ResumeCallback",
     "ResumeMixin",
 ]

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lightning_resume.errors import ResumeError
+
 T = TypeVar("T")
 
 
@@ -46,7 +48,7 @@ def all_gather_object(obj: T) -> list[T]:
     return box
 
 
-class RemoteError(RuntimeError):
+class RemoteError(ResumeError, RuntimeError):
     """Stands for the exceptions of other ranks; its text names each rank and error."""
 
 

@@ -103,9 +103,7 @@ def save_state(
     epoch: int | None = None,
 ) -> Manifest:
     """Saves a checkpoint folder of state that was collected already."""
-    settled = settle([*components, *_user_components(meta)])
-    # a user's value that all ranks share is in meta.pt, where stock Lightning looks for it
-    stored = [c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(_USER)]
+    stored = with_own_values(meta, components)
     return write_checkpoint(
         path,
         state=tensors,
@@ -142,9 +140,8 @@ def save_file(
     for key, optimizer in objects.optimizers.items():
         content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
     meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-    settled = settle([*components, *_user_components(meta)])
     content |= meta
-    content[FILE_KEY] = to_file([c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(_USER)])
+    content[FILE_KEY] = to_file(with_own_values(meta, components))
     write_file(path, content, write=write)
 
 
@@ -158,6 +155,18 @@ def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[st
 
 
 _USER = "user."
+
+
+def with_own_values(meta: Mapping[str, Any], components: Iterable[Component]) -> list[Component]:
+    """``components``, and those values of ``meta`` that differ between ranks: ``meta`` itself is stored as rank 0's."""
+    settled = settle([*components, *_user_components(meta)])
+    return [c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(_USER)]
+
+
+def take_own_values(meta: dict[str, Any], components: SavedComponents) -> None:
+    """Replaces rank 0's values in ``meta`` by this rank's, where each rank had its own."""
+    for key in meta:
+        meta[key] = own_value(components, f"{_USER}{key}", meta[key])
 
 
 def _user_components(meta: Mapping[str, Any]) -> list[Component]:
@@ -467,3 +476,34 @@ def topology_of(strategy: Any) -> Topology:
     """The topology of a Lightning strategy's run."""
     mesh = getattr(strategy, "_device_mesh", None)
     return Topology.of(mesh=mesh, data_parallel=getattr(strategy, "distributed_sampler_kwargs", None))
+
+
+def model_key(path: Path_) -> str:
+    """Under which key a Trainer's checkpoint folder holds the model: stock Lightning uses two."""
+    tops = {keypath[0] for keypath in CheckpointReader(path).mappings.values()}
+    return "model" if "model" in tops and "state_dict" not in tops else "state_dict"
+
+
+def read_trainer_folder(path: Path_, *, optimizers: bool, trust: bool) -> Loaded:
+    """The checkpoint dict of a Trainer from a folder, with whole tensors and optimizer states by parameter name."""
+    reader = CheckpointReader(path, trust=trust)
+    names = sorted({str(keypath[0]) for keypath in reader.mappings.values()})
+    wanted = [name for name in names if optimizers or not name.startswith("optimizer_")]
+    state = reader.read(wanted)
+    content: dict[str, Any] = dict(reader.meta(weights_only=not trust))
+    content["state_dict"] = state.get("state_dict", state.get("model", {}))
+    if optimizers:
+        found = sorted(int(name.removeprefix("optimizer_")) for name in names if name.startswith("optimizer_"))
+        content["optimizer_states"] = [{"state": {}, "param_groups": [], **state[f"optimizer_{i}"]} for i in found]
+    components = LeafComponents(reader, trust=trust) if reader.manifest is not None else None
+    return Loaded(remainder=content, components=components)
+
+
+def missing_loader(index: int) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        "loader",
+        "number of train dataloaders",
+        saved=index,
+        current=f"more than {index}",
+        advice="Return the same train dataloaders as in the run that saved the checkpoint.",
+    )

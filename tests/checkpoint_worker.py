@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ class CannotPickleError(Exception):
         super().__init__(f"cannot save {one} {two}")
 
 
-def three_ranks(rank: int, folder: Path) -> dict[str, Any]:
+def three_ranks(_rank: int, folder: Path) -> dict[str, Any]:
     claims = {}
     for name in ("run/step-00000007", "stock"):
         state = empty_state()
@@ -213,7 +214,7 @@ def die_at_every_operation(scenario: str, folder: Path, *, can_exchange: bool) -
         path = folder / str(count) / "step-00000001"
         if before is not None:
             before(path)
-        died = _die_after(count, lambda: act(path), can_exchange=can_exchange)
+        died = _die_after(count, partial(act, path), can_exchange=can_exchange)
         if value_at(path) not in (allowed if died else allowed[1:]):
             wrong.append(f"operation {count}: found {value_at(path)}")
         save_small(path, 3)
@@ -253,7 +254,7 @@ def _counted(count: int, *, can_exchange: bool) -> Iterator[None]:
         setattr(os, name, counted(getattr(os, name)))
     for name in ("end_item", "__exit__"):
         setattr(filesystem.HashedFile, name, counted(getattr(filesystem.HashedFile, name)))
-    commit.exchange = counted(commit.exchange if can_exchange else lambda one, other: False)  # type: ignore[assignment]
+    commit.exchange = counted(commit.exchange if can_exchange else lambda *_: False)  # type: ignore[assignment]
     yield
 
 

@@ -101,14 +101,17 @@ def test_a_delete_killed_at_any_operation_leaves_the_whole_or_nothing(deaths: di
 def test_everything_is_durable_before_the_name_and_the_name_after(
     tmp_path: Path, operations: list[tuple[str, str]]
 ) -> None:
-    save_small(tmp_path / "step-00000001", 1)
-    staged = operations[0][1].rpartition("/")[0] if operations[0][1].endswith("distcp") else operations[1][1]
-    at = operations.index(("rename", str(tmp_path / "step-00000001")))
-    folder, names = os.path.dirname(staged) if staged.endswith("distcp") else staged, os.listdir(tmp_path / "step-00000001")
-    synced = [path for kind, path in operations[:at] if kind == "fsync"]
-    assert {f"{folder}/{name}" for name in names} <= set(synced)
-    assert synced[-2:] == [f"{folder}/manifest.json", folder]
-    assert operations[at + 1] == ("fsync", str(tmp_path))
+    save_small(tmp_path / "c", 1)
+    staged = os.path.dirname(operations[0][1])
+    data = ["__0_0.distcp", ".metadata", "meta.pt"]
+    assert operations == [
+        *[("fsync", f"{staged}/{name}") for name in data],
+        ("fsync", staged),
+        ("fsync", f"{staged}/manifest.json"),
+        ("fsync", staged),
+        ("rename", str(tmp_path / "c")),
+        ("fsync", str(tmp_path)),
+    ]
 
 
 # --- failures ---
@@ -167,7 +170,7 @@ def test_a_folder_that_may_not_be_written_is_named_and_untouched(tmp_path: Path,
 def test_an_item_that_the_writer_lost_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plan = shards._write_plan
     monkeypatch.setattr(shards, "_write_plan", lambda *args: write_plan(*args)[:-1])
-    with pytest.raises(CheckpointSaveError, match=r"1 of 3 planned items were not written: w"):
+    with pytest.raises(CheckpointSaveError, match=r"1 of 3 planned items were not written: resume.x"):
         save_small(tmp_path / "c", 1)
     assert os.listdir(tmp_path) == []
 
@@ -237,3 +240,16 @@ def test_exchange_says_so_where_the_filesystem_cannot(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
         filesystem.exchange(tmp_path / "a", tmp_path / "b")
+
+
+class Interrupts:
+    """What Ctrl-C while this is pickled looks like."""
+
+    def __reduce__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_stays_an_interrupt_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "c", state={"x": Interrupts()}, leaves={}, meta=None)
+    assert os.listdir(tmp_path) == []

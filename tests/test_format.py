@@ -21,7 +21,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lightning_resume.checkpoint import layout
@@ -162,7 +161,9 @@ def test_meta_comes_back_and_none_becomes_an_empty_dict(tmp_path: Path, saved: P
 
 def test_the_manifest_describes_the_checkpoint(tmp_path: Path) -> None:
     entry = ComponentEntry(sharing="per_rank", ranks=(0, 1), bytes=3, hash=None, required=False)
-    path = save(tmp_path / "c", step=9, epoch=1, components={"rng": entry}, topology={"world_size": 1}, metadata={"a": 1})
+    path = save(
+        tmp_path / "c", step=9, epoch=1, components={"rng": entry}, topology={"world_size": 1}, metadata={"a": 1}
+    )
     manifest = read_manifest(path)
     assert (manifest.step, manifest.epoch, manifest.topology, manifest.metadata) == (9, 1, {"world_size": 1}, {"a": 1})
     assert manifest.components == {"rng": entry}
@@ -303,7 +304,9 @@ def test_a_missing_or_shortened_file_is_named(saved: Path, name: str) -> None:
 def test_corruption_of_an_item_names_file_item_and_hashes(saved: Path) -> None:
     offset = (saved / "__0_0.distcp").read_bytes().index(full_tensor().numpy().tobytes())
     flip_bit(saved / "__0_0.distcp", offset)
-    with pytest.raises(CheckpointCorruptError, match=r"__0_0\.distcp, item 'model.weight': expected xxh3-128 \w{32}, fo"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"__0_0\.distcp, item 'model.weight': expected xxh3-128 \w{32}, fo"
+    ):
         CheckpointReader(saved).read(["model"])
 
 
@@ -379,7 +382,7 @@ def replace_metadata(path: Path, change: Callable[[Any], Any]) -> None:
 
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = stock_save(tmp_path / "stock", a_state())
-    replace_metadata(path, lambda metadata: RunsCode(tmp_path / "made"))
+    replace_metadata(path, lambda _: RunsCode(tmp_path / "made"))
     with pytest.raises(UnsafeCheckpointError, match=r"posix\.mkdir"):
         CheckpointReader(path)
     assert not (tmp_path / "made").exists()
@@ -519,7 +522,11 @@ def test_classify_tells_what_lies_at_a_path(tmp_path: Path, saved: Path) -> None
 def test_the_newest_checkpoint_is_the_one_saved_last(tmp_path: Path) -> None:
     for step in (5, 9, 7):
         save(tmp_path / layout.step_name(step), step=step)
-    assert [path.name for path in layout.list_checkpoints(tmp_path)] == ["step-00000007", "step-00000009", "step-00000005"]
+    assert [path.name for path in layout.list_checkpoints(tmp_path)] == [
+        "step-00000007",
+        "step-00000009",
+        "step-00000005",
+    ]
     assert layout.newest(tmp_path) == tmp_path / "step-00000007"
     assert layout.next_sequence(tmp_path) == 3
     assert layout.next_sequence(tmp_path / "absent") == 0
@@ -542,5 +549,3 @@ def test_a_single_process_saves_and_loads_without_a_warning(tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CheckpointReader(save(tmp_path / "c")).load_into({"model": {"scale": torch.zeros(())}})
-
-

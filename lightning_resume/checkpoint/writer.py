@@ -90,7 +90,10 @@ def write_checkpoint(
     except (Exception, CheckpointException) as error:
         if isinstance(error, ResumeError):
             raise
-        raise _explain(error, target or path) from _cause(error)
+        cause = _cause(error)
+        if not isinstance(cause, Exception):
+            raise cause from None  # DCP wraps even a KeyboardInterrupt
+        raise _explain(error, target or path) from cause
 
 
 def _save(target: Path, state: dict[str, Any], meta: object, draft: Manifest) -> Manifest:

@@ -61,7 +61,9 @@ def _as_trainer(state: dict[str, Any]) -> dict[str, Any]:
     """Renames the parts of a sharded Trainer checkpoint to those of the Trainer's single file."""
     renamed = {"state_dict" if key in _MODEL_NAMES else key: value for key, value in state.items()}
     names = sorted(filter(_is_optimizer, renamed), key=lambda key: int(key.removeprefix(_OPTIMIZER)))
-    return {**renamed, "optimizer_states": [renamed.pop(name) for name in names]} if names else renamed
+    if names:
+        renamed["optimizer_states"] = [renamed.pop(name) for name in names]
+    return renamed
 
 
 def _is_optimizer(key: str) -> bool:

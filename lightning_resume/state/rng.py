@@ -19,7 +19,7 @@ class RngState:
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
-    torch: torch.Tensor
+    torch_cpu: torch.Tensor
     accelerator: torch.Tensor | None
 
     def to_plain(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class RngState:
                 "has_gauss": int(self.numpy["has_gauss"]),
                 "gauss": float(self.numpy["gauss"]),
             },
-            "torch": self.torch,
+            "torch": self.torch_cpu,
             "accelerator": self.accelerator,
         }
 
@@ -49,7 +49,7 @@ class RngState:
                 "has_gauss": numpy["has_gauss"],
                 "gauss": numpy["gauss"],
             },
-            torch=plain["torch"],
+            torch_cpu=plain["torch"],
             accelerator=plain["accelerator"],
         )
 
@@ -61,7 +61,7 @@ def capture() -> RngState:
     return RngState(
         python=random.getstate(),
         numpy=numpy,  # type: ignore[arg-type]  # a dict, because legacy=False
-        torch=torch.get_rng_state(),
+        torch_cpu=torch.get_rng_state(),
         accelerator=None if module is None else module.get_rng_state(),
     )
 
@@ -70,7 +70,7 @@ def restore(state: RngState) -> None:
     """Sets all generators of this process to ``state``."""
     random.setstate(state.python)
     np.random.set_state(state.numpy)
-    torch.set_rng_state(state.torch)
+    torch.set_rng_state(state.torch_cpu)
     module = _accelerator_module()
     if module is not None and state.accelerator is not None:
         module.set_rng_state(state.accelerator)
@@ -90,7 +90,7 @@ def seed_all(key: int) -> None:
 def derive(state: RngState, rank: int) -> RngState:
     """A state for a rank that did not exist when ``state``, rank 0's, was saved: a pure function of both."""
     digest = hashlib.blake2b(b"lightning-resume.rng", digest_size=8)
-    digest.update(state.torch.numpy().tobytes())
+    digest.update(state.torch_cpu.numpy().tobytes())
     digest.update(str(rank).encode())
     with preserved():
         seed_all(int.from_bytes(digest.digest(), "little") >> 1)
@@ -103,7 +103,7 @@ def _derived_accelerator(derived: RngState, rank: int, state: RngState) -> torch
     if module is None or state.accelerator is None:
         return None
     before = module.get_rng_state()
-    module.manual_seed(int(derived.torch[:8].sum()) * 1_000_003 + rank)
+    module.manual_seed(int(derived.torch_cpu[:8].sum()) * 1_000_003 + rank)
     after = module.get_rng_state()
     module.set_rng_state(before)
     return after  # type: ignore[no-any-return]

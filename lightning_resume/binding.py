@@ -1,0 +1,481 @@
+"""Takes over a Trainer's live strategy and loops, so that every checkpoint of the run brings back the whole run.
+
+Lightning has no hook at the one moment at which a run can be cut and put together again without a seam: after
+everything that belongs to a batch (the user's ``on_train_batch_end``, a validation that is due, the plateau schedulers)
+and before the next batch is fetched. So the binding wraps three methods of the training loops to see these moments, and
+on resume puts the loops where they were instead of leaving it to Lightning's own restart logic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from lightning_resume import _distributed, manager
+from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
+from lightning_resume.checkpoint.commit import delete_checkpoint
+from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, SavedComponents, to_file
+from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.data.loader import Resumable
+from lightning_resume.data.resumable import make_resumable
+from lightning_resume.data.stream import StreamLoader
+from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
+from lightning_resume.state import collect, rng
+from lightning_resume.state.component import Component, Sharing
+
+_CURSOR = "trainer"
+
+
+class Cursor(str, enum.Enum):
+    """Where in the training loop a checkpoint was taken, so where the resumed run goes on."""
+
+    STEP = "step"
+    """Between two batches."""
+    BATCH_END = "batch_end"
+    """The optimizer has stepped, but what follows it in the batch (validation, plateau schedulers) has not been run."""
+    VALIDATED = "validated"
+    """As above, with the validation that was due already run."""
+    EPOCH_END = "epoch_end"
+    """All batches of the epoch are done, but what follows ``on_train_epoch_end`` has not been run."""
+    EPOCH = "epoch"
+    """Between two epochs."""
+
+
+class Phase(enum.Enum):
+    """What the training loop is doing."""
+
+    BETWEEN_BATCHES = enum.auto()
+    IN_BATCH = enum.auto()
+    AFTER_BATCH = enum.auto()
+    VALIDATED = enum.auto()
+    AFTER_EPOCH = enum.auto()
+    BETWEEN_EPOCHS = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """The run at the last moment at which no gradients were pending: a checkpoint from later may go back to it."""
+
+    rng: rng.RngState
+    loaders: list[dict[str, Any]]
+    batches: dict[str, Any]
+    buffers: dict[str, torch.Tensor]
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What a loaded checkpoint says of where to go on."""
+
+    components: SavedComponents
+    cursor: Cursor
+    loops: Mapping[str, Any]
+    exhausted: list[bool]
+    callback_metrics: dict[str, Any]
+    epoch_metrics: dict[str, Any]
+
+
+class TrainerBinding:
+    """Binds to one Trainer: ``on_step`` and ``on_epoch`` are called between batches and between epochs."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        on_step: Callable[[], None],
+        on_epoch: Callable[[], None],
+        find: Callable[[], str | None],
+        trust: bool,
+    ) -> None:
+        self.trainer = trainer
+        self._on_step, self._on_epoch, self._find, self._trust = on_step, on_epoch, find, trust
+        self._loops = Loops(trainer)
+        self._folder_form = False
+        self._phase = Phase.BETWEEN_EPOCHS
+        self._boundary: Boundary | None = None
+        self._resume: Resume | None = None
+        self._skip_batch = False
+        self._stopped: tuple[Cursor, dict[str, Any]] | None = None
+        self._attach()
+
+    # -- what is taken over
+
+    def _attach(self) -> None:
+        strategy = self.trainer.strategy
+        self._stock_save, self._stock_load = strategy.save_checkpoint, strategy.load_checkpoint
+        self._stock_process = strategy.process_dataloader
+        self._stock_load_optimizers = strategy.load_optimizer_state_dict
+        strategy.save_checkpoint, strategy.load_checkpoint = self._save, self._load
+        strategy.remove_checkpoint = self._remove
+        strategy.process_dataloader = self._process_dataloader
+        if is_sharded(strategy):
+            strategy.optimizer_state = self._optimizer_state
+        else:
+            strategy.load_optimizer_state_dict = self._load_optimizers
+        self._loops.wrap(
+            resume_start=self._resume_start,
+            setup_data=self._setup_data,
+            on_advance_start=self._start_epoch,
+            on_run_start=self._start_batches,
+            advance=self._batch,
+            on_batch_advance_end=self._end_batch,
+            on_epoch_advance_end=self._end_epoch,
+        )
+
+    # -- saving
+
+    @contextlib.contextmanager
+    def saving_folder(self) -> Iterator[None]:
+        """Inside, ``trainer.save_checkpoint`` saves a folder whatever the strategy, and shards, not whole tensors."""
+        self._folder_form = True
+        try:
+            with self._loops.sharded_state_dicts():
+                yield
+        finally:
+            self._folder_form = False
+
+    def _save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        with rng.preserved():
+            components = self._components(checkpoint) if "optimizer_states" in checkpoint else []
+            if self._folder_form or self._loops.saves_folders:
+                if storage_options is not None:
+                    raise TypeError("`storage_options` has no effect on a checkpoint folder. Leave it out.")
+                self._save_folder(checkpoint, filepath, components)
+            else:
+                self._save_file(checkpoint, filepath, components, storage_options)
+
+    def _save_folder(self, checkpoint: dict[str, Any], path: Any, components: list[Component]) -> None:
+        tensors: dict[str, Any] = {self._loops.model_key: checkpoint.pop("state_dict")}
+        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = self._named(i, state)
+        manager.save_state(
+            path,
+            tensors,
+            checkpoint,
+            components,
+            topology=manager.topology_of(self.trainer.strategy).to_manifest(loaders=describe(self._train_loaders())),
+            step=checkpoint["global_step"],
+            epoch=checkpoint["epoch"],
+        )
+
+    def _save_file(
+        self, checkpoint: dict[str, Any], path: Any, components: list[Component], storage_options: Any
+    ) -> None:
+        whole = {"state_dict", "optimizer_states"}
+        rest = {key: value for key, value in checkpoint.items() if key not in whole}
+        if components:
+            checkpoint[FILE_KEY] = to_file(manager.with_own_values(rest, components))
+        write = None
+        if storage_options is not None or self._loops.has_own_io:
+            write = lambda content: self._stock_save(content, path, storage_options=storage_options)  # noqa: E731
+        manager.write_file(path, checkpoint, write=write)
+
+    def _named(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state by parameter name, which is how every strategy can read it."""
+        optimizer = self._loops.optimizers[index]
+        names = self._owners().names(optimizer)
+        if names is None or _is_named(state):
+            return state
+        return collect.rename_parameters(state, [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
+
+    def _owners(self) -> collect.Owners:
+        model = self.trainer.strategy.model if is_sharded(self.trainer.strategy) else self.trainer.lightning_module
+        return collect.Owners({"model": model})
+
+    def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if self._folder_form or self._loops.saves_folders:
+            return collect.optimizer_state(optimizer, self._owners())
+        return collect.full_optimizer_state(optimizer, self._owners())
+
+    def _remove(self, filepath: Any) -> None:
+        _distributed.on_rank_zero(f"removing {filepath}", lambda: delete_checkpoint(filepath))
+
+    def _components(self, checkpoint: dict[str, Any]) -> list[Component]:
+        """The run as it is now, or, where gradients are pending, as it was before they were."""
+        # a stock Trainer with plain loaders would refuse these
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        cursor, boundary = self._cursor()
+        if boundary is not None:
+            self._go_back(checkpoint, boundary)
+        elif self._stopped is not None:
+            cursor, checkpoint["loops"]["fit_loop"] = self._stopped[0], copy.deepcopy(self._stopped[1])
+        loaders = self._train_loaders()
+        states = self._loader_states() if boundary is None else boundary.loaders
+        value = {
+            "cursor": cursor.value,
+            "exhausted": self._loops.exhausted(),
+            "callback_metrics": dict(self.trainer.callback_metrics),
+            "epoch_metrics": self._loops.epoch_metrics(),
+        }
+        return [
+            rng_component(rng.capture() if boundary is None else boundary.rng),
+            *(loader_component(i, *pair) for i, pair in enumerate(zip(loaders, states, strict=True))),
+            Component(name=_CURSOR, value=value, sharing=Sharing.REPLICATED, required=False),
+        ]
+
+    def _cursor(self) -> tuple[Cursor, Boundary | None]:
+        """Where the run is, and the boundary to go back to when it cannot go on from there."""
+        stepped = self._boundary is None or self.trainer.global_step > self._boundary.steps
+        pending = self._loops.in_accumulation_window() or not stepped
+        if self._phase is Phase.BETWEEN_EPOCHS:
+            return Cursor.EPOCH, None
+        if self._phase is Phase.AFTER_EPOCH:
+            return Cursor.EPOCH_END, None
+        if self._phase is Phase.BETWEEN_BATCHES and not self._loops.in_accumulation_window():
+            return Cursor.STEP, None
+        if pending and self._boundary is not None:
+            return Cursor.STEP, self._boundary
+        return (Cursor.VALIDATED if self._phase is Phase.VALIDATED else Cursor.BATCH_END), None
+
+    def _go_back(self, checkpoint: dict[str, Any], boundary: Boundary) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        again = self._loops.batches_ready - boundary.batches["current"]["ready"]
+        loops["epoch_loop.batch_progress"] = copy.deepcopy(boundary.batches)
+        for name, buffer in boundary.buffers.items():
+            if name in checkpoint["state_dict"]:
+                checkpoint["state_dict"][name] = buffer
+        if again and self._loops.in_accumulation_window():
+            self._loops.warn(
+                f"This checkpoint is saved inside a gradient accumulation window. Gradients are not saved: it goes"
+                f" back to the last optimizer step, and {again} batches will be seen again by a run that resumes from"
+                " it."
+            )
+
+    def _loader_states(self) -> list[dict[str, Any]]:
+        ahead = self._loops.prefetched()
+        return [loader.state_dict(ahead if loader.taken else 0) for loader in self._train_loaders()]
+
+    def _train_loaders(self) -> list[Resumable]:
+        return [loader for loader in self._loops.train_loaders() if isinstance(loader, Resumable)]
+
+    # -- loading
+
+    def _resume_start(self, stock: Callable[..., None], path: Any = None, *args: Any, **kwargs: Any) -> None:
+        if path is None and is_fitting(self.trainer):
+            path = self._find()
+        stock(path, *args, **kwargs)
+
+    def _load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self._resume = None
+        found, kind = manager.locate(checkpoint_path)
+        weights_only = fit_argument(self.trainer, "weights_only", weights_only)
+        trust = self._trust or weights_only is False
+        if is_sharded(self.trainer.strategy):
+            loaded = self._load_sharded(found, kind, trust=trust)
+        else:
+            loaded = self._load_plain(found, kind, trust=trust)
+        if is_fitting(self.trainer):
+            self._take(found, loaded)
+        return loaded.remainder
+
+    def _load_sharded(self, path: str, kind: Kind, *, trust: bool) -> manager.Loaded:
+        """Loads model and optimizers in place: with these strategies they exist when a checkpoint is loaded."""
+        model = self.trainer.strategy.model
+        optimizers = self._loops.optimizers if is_fitting(self.trainer) else []
+        strict = self.trainer.lightning_module.strict_loading
+        if kind is Kind.SINGLE_FILE:
+            content = dict(manager.read_file(path, trust=trust))
+            collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
+            for optimizer, state in zip(optimizers, content.pop("optimizer_states", []), strict=False):
+                collect.load_full_optimizer_state(optimizer, state, self._owners())
+            saved = content.pop(FILE_KEY, None)
+            return manager.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+        key = manager.model_key(path)
+        state: dict[str, Any] = {key: model, **{f"optimizer_{i}": o for i, o in enumerate(optimizers)}}
+        objects = manager.Objects.of(state)
+        return manager.load_folder(path, state, objects, strict=strict, trust=trust, check=self._check_components)
+
+    def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> manager.Loaded:
+        if kind is not Kind.SINGLE_FILE:
+            return manager.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
+        if self._loops.has_own_io:
+            content = self._stock_load(path, **({"weights_only": False} if trust else {}))
+        else:
+            content = manager.read_file(path, trust=trust)
+        content = dict(content)
+        saved = content.pop(FILE_KEY, None)
+        return manager.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+
+    def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loads optimizer states that are keyed by name; others as stock Lightning does."""
+        states = checkpoint["optimizer_states"]
+        if not all(_is_named(state) for state in states):
+            self._stock_load_optimizers(checkpoint)
+            return
+        for i, (optimizer, state) in enumerate(zip(self._loops.optimizers, states, strict=False)):
+            saved = [list(group["params"]) for group in state["param_groups"]]
+            collect.check_optimizer(f"optimizer_{i}", optimizer, saved, self._owners())
+            collect.load_optimizer_state(optimizer, state, self._owners())
+
+    def _check_components(self, components: SavedComponents | None) -> None:
+        if components is None or not is_fitting(self.trainer):
+            return
+        self._loops.setup_data()
+        for index, loader in enumerate(self._train_loaders()):
+            saved = saved_loader(components, index)
+            if saved is not None:
+                loader.check(saved)
+
+    def _take(self, path: str, loaded: manager.Loaded) -> None:
+        """Remembers where to go on; acted on when the loops are about to start."""
+        if loaded.components is None or _CURSOR not in loaded.components:
+            manager.warn_foreign(path)
+            return
+        if not is_sharded(self.trainer.strategy):
+            _distributed.agree(f"checking {path}", lambda: self._check_components(loaded.components))
+        manager.take_own_values(loaded.remainder, loaded.components)
+        rank = _distributed.rank()
+        saved = loaded.components.value(_CURSOR, min(rank, (loaded.components.ranks(_CURSOR) or 1) - 1))
+        self._resume = Resume(
+            components=loaded.components,
+            cursor=Cursor(saved["cursor"]),
+            loops=loaded.remainder["loops"]["fit_loop"],
+            exhausted=saved["exhausted"],
+            callback_metrics=saved["callback_metrics"],
+            epoch_metrics=saved["epoch_metrics"],
+        )
+
+    # -- going on
+
+    def place_loops(self) -> None:
+        """Puts the loops' progress where it was: their own restart logic has guessed by now, and changed it."""
+        if self._resume is None:
+            return
+        self._loops.load(self._resume.loops)
+        self._loops.set_callback_metrics(self._resume.callback_metrics)
+        if self._resume.cursor in (Cursor.BATCH_END, Cursor.VALIDATED):
+            self._loops.complete_batch()
+        if self._resume.cursor is Cursor.EPOCH_END:
+            self._loops.finish_epoch()
+
+    def _start_epoch(self, stock: Callable[[], None]) -> None:
+        resume = self._resume
+        if resume is None:
+            stock()
+            return
+        between_epochs = resume.cursor in (Cursor.EPOCH, Cursor.EPOCH_END)
+        self._place_loaders(resume, between_epochs=between_epochs)
+        if between_epochs:
+            self._loops.forget_restart()
+            restore_rng(resume.components)
+            self._resume = None
+            stock()
+        else:
+            self._loops.restart_iteration()  # `stock` would begin an epoch that has begun already
+
+    def _place_loaders(self, resume: Resume, *, between_epochs: bool) -> None:
+        for index, loader in enumerate(self._train_loaders()):
+            saved = saved_loader(resume.components, index)
+            if saved is None:
+                raise manager.missing_loader(index)
+            if between_epochs:
+                loader.load_epoch_end(saved)
+            elif saved["ended"]:
+                loader.load_state_dict({**saved, "ended": False})
+            else:
+                loader.load_state_dict(saved)
+
+    def _start_batches(self, stock: Callable[[Any], None], fetcher: Any) -> None:
+        resume, self._resume = self._resume, None
+        if resume is None:
+            stock(fetcher)
+        else:
+            self._loops.load(resume.loops)
+            tail = resume.cursor in (Cursor.BATCH_END, Cursor.VALIDATED)
+            if tail:
+                self._loops.complete_batch()
+            stock(fetcher)
+            self._loops.go_on(after_batch=tail, validated=resume.cursor is Cursor.VALIDATED)
+            self._skip_batch = tail
+            self._loops.set_exhausted(resume.exhausted)
+            self._loops.set_epoch_metrics(resume.epoch_metrics)
+        self._loops.refresh_limits()
+        for loader in self._train_loaders():
+            if isinstance(loader, StreamLoader):
+                loader.remember(self.trainer.accumulate_grad_batches + 1)
+        self._stopped = None
+        if resume is not None:
+            restore_rng(resume.components)
+        self._phase = Phase.BETWEEN_BATCHES
+        self._mark()
+
+    def _mark(self) -> None:
+        self._boundary = Boundary(
+            rng=rng.capture(),
+            loaders=self._loader_states(),
+            batches=self._loops.batch_progress(),
+            buffers=self._buffers(),
+            steps=self.trainer.global_step,
+        )
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Copies of the buffers, such as BatchNorm's statistics, which every forward changes."""
+        if self.trainer.accumulate_grad_batches == 1:
+            return {}
+        module: Module = self.trainer.lightning_module
+        return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+    def _batch(self, stock: Callable[[Any], None], fetcher: Any) -> None:
+        if self._skip_batch:
+            self._skip_batch = False
+        else:
+            self._phase = Phase.IN_BATCH
+            stock(fetcher)
+        self._phase = Phase.AFTER_BATCH
+
+    def _end_batch(self, stock: Callable[[Any], None], fetcher: Any) -> None:
+        stock(fetcher)
+        self._phase = Phase.BETWEEN_BATCHES
+        if self._loops.in_accumulation_window():
+            return
+        self._mark()
+        if self._loops.epoch_is_over():
+            return
+        if self._loops.stops():
+            # the end of the epoch follows, although the epoch has not ended: a longer run would go on from here
+            self._stopped = (Cursor.STEP, copy.deepcopy(self.trainer.fit_loop.state_dict()))
+        self._on_step()
+
+    def _end_epoch(self, stock: Callable[[], None]) -> None:
+        self._phase = Phase.AFTER_EPOCH
+        stock()
+        self._phase = Phase.BETWEEN_EPOCHS
+        self._on_epoch()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether training has just stopped in the middle of an epoch."""
+        return self._stopped is not None
+
+    def validated(self) -> None:
+        """Notes that a validation within ``fit`` has run all its batches."""
+        if self._phase is Phase.AFTER_BATCH:
+            self._phase = Phase.VALIDATED
+
+    # -- data
+
+    def _process_dataloader(self, dataloader: Any) -> Any:
+        loader = self._stock_process(dataloader)
+        if not (is_fitting(self.trainer) and self.trainer.training):
+            return loader
+        share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
+
+    def _setup_data(self, stock: Callable[[], None]) -> None:
+        before = self._train_loaders()
+        stock()
+        for old, new in zip(before, self._train_loaders(), strict=False):
+            if old is not new:  # `reload_dataloaders_every_n_epochs`: a new loader goes on counting epochs
+                new.set_epoch(old.epoch + 1)
+
+
+def _is_named(state: Mapping[str, Any]) -> bool:
+    return all(isinstance(name, str) for group in state["param_groups"] for name in group["params"])
