@@ -242,7 +242,7 @@ class Loops:
         if validated:
             stock = self._epoch._should_check_val_fx
 
-            def not_again(fetcher: Any) -> bool:
+            def not_again(_fetcher: Any) -> bool:
                 self._epoch._should_check_val_fx = stock
                 return False
 
@@ -264,9 +264,11 @@ class Loops:
             fetcher.length = total
         if total != self._fit.max_batches:
             self._fit.max_batches = total
-            if isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None:
-                if total != float("inf"):
-                    self.trainer.val_check_batch = max(1, int(total * self.trainer.val_check_interval))
+            by_fraction = (
+                isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None
+            )
+            if by_fraction and total != float("inf"):
+                self.trainer.val_check_batch = max(1, int(total * self.trainer.val_check_interval))
 
     def warn(self, message: str) -> None:
         rank_zero_warn(message)

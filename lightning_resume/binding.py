@@ -8,27 +8,25 @@ on resume puts the loops where they were instead of leaving it to Lightning's ow
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import Module
 
-from lightning_resume import _distributed, manager
+from lightning_resume import _distributed, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
-from lightning_resume.checkpoint.commit import delete_checkpoint
-from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, SavedComponents, to_file
-from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.data.loader import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
-from lightning_resume.state import collect, rng
+from lightning_resume.state import rng
 from lightning_resume.state.component import Component, Sharing
+from lightning_resume.trainer_checkpoints import TrainerCheckpoints
 
 _CURSOR = "trainer"
 
@@ -97,7 +95,7 @@ class TrainerBinding:
         self.trainer = trainer
         self._on_step, self._on_epoch, self._find, self._trust = on_step, on_epoch, find, trust
         self._loops = Loops(trainer)
-        self._folder_form = False
+        self.checkpoints = TrainerCheckpoints(trainer, self._loops)
         self._phase = Phase.BETWEEN_EPOCHS
         self._boundary: Boundary | None = None
         self._resume: Resume | None = None
@@ -109,16 +107,9 @@ class TrainerBinding:
 
     def _attach(self) -> None:
         strategy = self.trainer.strategy
-        self._stock_save, self._stock_load = strategy.save_checkpoint, strategy.load_checkpoint
         self._stock_process = strategy.process_dataloader
-        self._stock_load_optimizers = strategy.load_optimizer_state_dict
         strategy.save_checkpoint, strategy.load_checkpoint = self._save, self._load
-        strategy.remove_checkpoint = self._remove
         strategy.process_dataloader = self._process_dataloader
-        if is_sharded(strategy):
-            strategy.optimizer_state = self._optimizer_state
-        else:
-            strategy.load_optimizer_state_dict = self._load_optimizers
         self._loops.wrap(
             resume_start=self._resume_start,
             setup_data=self._setup_data,
@@ -131,72 +122,11 @@ class TrainerBinding:
 
     # -- saving
 
-    @contextlib.contextmanager
-    def saving_folder(self) -> Iterator[None]:
-        """Inside, ``trainer.save_checkpoint`` saves a folder whatever the strategy, and shards, not whole tensors."""
-        self._folder_form = True
-        try:
-            with self._loops.sharded_state_dicts():
-                yield
-        finally:
-            self._folder_form = False
-
     def _save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         with rng.preserved():
             components = self._components(checkpoint) if "optimizer_states" in checkpoint else []
-            if self._folder_form or self._loops.saves_folders:
-                if storage_options is not None:
-                    raise TypeError("`storage_options` has no effect on a checkpoint folder. Leave it out.")
-                self._save_folder(checkpoint, filepath, components)
-            else:
-                self._save_file(checkpoint, filepath, components, storage_options)
-
-    def _save_folder(self, checkpoint: dict[str, Any], path: Any, components: list[Component]) -> None:
-        tensors: dict[str, Any] = {self._loops.model_key: checkpoint.pop("state_dict")}
-        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
-            tensors[f"optimizer_{i}"] = self._named(i, state)
-        manager.save_state(
-            path,
-            tensors,
-            checkpoint,
-            components,
-            topology=manager.topology_of(self.trainer.strategy).to_manifest(loaders=describe(self._train_loaders())),
-            step=checkpoint["global_step"],
-            epoch=checkpoint["epoch"],
-        )
-
-    def _save_file(
-        self, checkpoint: dict[str, Any], path: Any, components: list[Component], storage_options: Any
-    ) -> None:
-        whole = {"state_dict", "optimizer_states"}
-        rest = {key: value for key, value in checkpoint.items() if key not in whole}
-        if components:
-            checkpoint[FILE_KEY] = to_file(manager.with_own_values(rest, components))
-        write = None
-        if storage_options is not None or self._loops.has_own_io:
-            write = lambda content: self._stock_save(content, path, storage_options=storage_options)  # noqa: E731
-        manager.write_file(path, checkpoint, write=write)
-
-    def _named(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's state by parameter name, which is how every strategy can read it."""
-        optimizer = self._loops.optimizers[index]
-        names = self._owners().names(optimizer)
-        if names is None or _is_named(state):
-            return state
-        return collect.rename_parameters(state, [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
-
-    def _owners(self) -> collect.Owners:
-        model = self.trainer.strategy.model if is_sharded(self.trainer.strategy) else self.trainer.lightning_module
-        return collect.Owners({"model": model})
-
-    def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        if self._folder_form or self._loops.saves_folders:
-            return collect.optimizer_state(optimizer, self._owners())
-        return collect.full_optimizer_state(optimizer, self._owners())
-
-    def _remove(self, filepath: Any) -> None:
-        _distributed.on_rank_zero(f"removing {filepath}", lambda: delete_checkpoint(filepath))
+            loaders = describe(self._train_loaders())
+            self.checkpoints.save(checkpoint, filepath, components, loaders=loaders, storage_options=storage_options)
 
     def _components(self, checkpoint: dict[str, Any]) -> list[Component]:
         """The run as it is now, or, where gradients are pending, as it was before they were."""
@@ -265,55 +195,13 @@ class TrainerBinding:
 
     def _load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._resume = None
-        found, kind = manager.locate(checkpoint_path)
+        found, kind = loading.locate(checkpoint_path)
         weights_only = fit_argument(self.trainer, "weights_only", weights_only)
         trust = self._trust or weights_only is False
-        if is_sharded(self.trainer.strategy):
-            loaded = self._load_sharded(found, kind, trust=trust)
-        else:
-            loaded = self._load_plain(found, kind, trust=trust)
+        loaded = self.checkpoints.load(found, kind, trust=trust, check=self._check_components)
         if is_fitting(self.trainer):
             self._take(found, loaded)
         return loaded.remainder
-
-    def _load_sharded(self, path: str, kind: Kind, *, trust: bool) -> manager.Loaded:
-        """Loads model and optimizers in place: with these strategies they exist when a checkpoint is loaded."""
-        model = self.trainer.strategy.model
-        optimizers = self._loops.optimizers if is_fitting(self.trainer) else []
-        strict = self.trainer.lightning_module.strict_loading
-        if kind is Kind.SINGLE_FILE:
-            content = dict(manager.read_file(path, trust=trust))
-            collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
-            for optimizer, state in zip(optimizers, content.pop("optimizer_states", []), strict=False):
-                collect.load_full_optimizer_state(optimizer, state, self._owners())
-            saved = content.pop(FILE_KEY, None)
-            return manager.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
-        key = manager.model_key(path)
-        state: dict[str, Any] = {key: model, **{f"optimizer_{i}": o for i, o in enumerate(optimizers)}}
-        objects = manager.Objects.of(state)
-        return manager.load_folder(path, state, objects, strict=strict, trust=trust, check=self._check_components)
-
-    def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> manager.Loaded:
-        if kind is not Kind.SINGLE_FILE:
-            return manager.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
-        if self._loops.has_own_io:
-            content = self._stock_load(path, **({"weights_only": False} if trust else {}))
-        else:
-            content = manager.read_file(path, trust=trust)
-        content = dict(content)
-        saved = content.pop(FILE_KEY, None)
-        return manager.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
-
-    def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads optimizer states that are keyed by name; others as stock Lightning does."""
-        states = checkpoint["optimizer_states"]
-        if not all(_is_named(state) for state in states):
-            self._stock_load_optimizers(checkpoint)
-            return
-        for i, (optimizer, state) in enumerate(zip(self._loops.optimizers, states, strict=False)):
-            saved = [list(group["params"]) for group in state["param_groups"]]
-            collect.check_optimizer(f"optimizer_{i}", optimizer, saved, self._owners())
-            collect.load_optimizer_state(optimizer, state, self._owners())
 
     def _check_components(self, components: SavedComponents | None) -> None:
         if components is None or not is_fitting(self.trainer):
@@ -324,14 +212,14 @@ class TrainerBinding:
             if saved is not None:
                 loader.check(saved)
 
-    def _take(self, path: str, loaded: manager.Loaded) -> None:
+    def _take(self, path: str, loaded: loading.Loaded) -> None:
         """Remembers where to go on; acted on when the loops are about to start."""
         if loaded.components is None or _CURSOR not in loaded.components:
-            manager.warn_foreign(path)
+            loading.warn_foreign(path)
             return
         if not is_sharded(self.trainer.strategy):
             _distributed.agree(f"checking {path}", lambda: self._check_components(loaded.components))
-        manager.take_own_values(loaded.remainder, loaded.components)
+        loading.take_own_values(loaded.remainder, loaded.components)
         rank = _distributed.rank()
         saved = loaded.components.value(_CURSOR, min(rank, (loaded.components.ranks(_CURSOR) or 1) - 1))
         self._resume = Resume(
@@ -375,7 +263,7 @@ class TrainerBinding:
         for index, loader in enumerate(self._train_loaders()):
             saved = saved_loader(resume.components, index)
             if saved is None:
-                raise manager.missing_loader(index)
+                raise loading.missing_loader(index)
             if between_epochs:
                 loader.load_epoch_end(saved)
             elif saved["ended"]:
@@ -475,7 +363,3 @@ class TrainerBinding:
         for old, new in zip(before, self._train_loaders(), strict=False):
             if old is not new:  # `reload_dataloaders_every_n_epochs`: a new loader goes on counting epochs
                 new.set_epoch(old.epoch + 1)
-
-
-def _is_named(state: Mapping[str, Any]) -> bool:
-    return all(isinstance(name, str) for group in state["param_groups"] for name in group["params"])

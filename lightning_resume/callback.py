@@ -37,7 +37,7 @@ class ResumeCallback(Checkpoint):
         every_n_train_steps: Save every so many optimizer steps.
         every_n_epochs: Save every so many epochs.
         train_time_interval: Save when this much time has passed since the last save, by rank 0's clock.
-        keep_last: How many checkpoints to keep; an older one is deleted when a newer one is durable. ``None`` keeps all.
+        keep_last: How many checkpoints to keep, ``None`` for all; one is deleted after a newer one is durable.
         resume: ``"auto"``, or ``"never"`` to start fresh unless ``fit(ckpt_path=...)`` is given.
         trust: Let checkpoints hold objects of any class. Loading such an object can run code: only for checkpoints
             that nobody else could have written. The same as ``fit(weights_only=False)``.
@@ -153,7 +153,7 @@ class ResumeCallback(Checkpoint):
             return
         assert self._binding is not None
         path = os.path.join(self.dirpath, step_name(self.trainer.global_step))
-        with self._binding.saving_folder():
+        with self._binding.checkpoints.as_folder():
             self.trainer.save_checkpoint(path, weights_only=False)
         self._saved_step = self.trainer.global_step
         self._saved_at = time.monotonic()

@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import enable_wrap
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_resume import manager
+from lightning_resume import loading, saving
 from lightning_resume._lightning import (
     DDPStrategy,
     FSDPStrategy,
@@ -25,6 +25,7 @@ from lightning_resume.checkpoint.layout import Kind
 from lightning_resume.data.loader import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.run import Tracker, describe
+from lightning_resume.state.objects import Objects
 
 _Path = str | os.PathLike[str]
 
@@ -46,14 +47,17 @@ class ResumeMixin:
 
     Args:
         save_distributed_checkpoint: ``True`` saves a folder to which every rank writes its part, ``False`` one file
-            that plain ``torch.load`` reads.
+            that plain ``torch.load`` reads. ``True`` by default.
     """
 
     _save_distributed_checkpoint: bool
 
-    def __init__(self, *args: Any, save_distributed_checkpoint: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, save_distributed_checkpoint: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._save_distributed_checkpoint = save_distributed_checkpoint
+        if save_distributed_checkpoint is not None:
+            self._save_distributed_checkpoint = save_distributed_checkpoint
+        elif not hasattr(self, "_save_distributed_checkpoint"):  # ModelParallelStrategy takes it itself
+            self._save_distributed_checkpoint = True
         self._tracker = Tracker()
         self._modules: list[Module] = []
 
@@ -106,18 +110,18 @@ class ResumeMixin:
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
         components = self._tracker.components()
-        objects = manager.Objects.of(self._with_loader_states(state), more_modules=self._modules)
+        objects = Objects.of(self._with_loader_states(state), more_modules=self._modules)
         if self._save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError(
                     f"`{type(self).__name__}` saves folders without a `CheckpointIO`, so `storage_options` has no"
                     " effect. Leave it out, or save one file with `save_distributed_checkpoint=False`."
                 )
-            topology = manager.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
-            manager.save_folder(path, objects, components, filter=filter, topology=topology, step=self._tracker.steps)
+            topology = saving.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
+            saving.save_folder(path, objects, components, filter=filter, topology=topology, step=self._tracker.steps)
         else:
             write = self._user_io(path, storage_options)
-            manager.save_file(path, objects, components, filter=filter, write=write)
+            saving.save_file(path, objects, components, filter=filter, write=write)
 
     def _with_loader_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` with the loaders that we follow replaced by their positions, as stock Lightning would save them."""
@@ -128,7 +132,7 @@ class ResumeMixin:
         checkpoint_io = user_checkpoint_io(self)
         if checkpoint_io is None and storage_options is None:
             return None
-        return lambda content: self.checkpoint_io.save_checkpoint(  # type: ignore[attr-defined,no-any-return]
+        return lambda content: self.checkpoint_io.save_checkpoint(  # type: ignore[attr-defined]
             content, path, storage_options=storage_options
         )
 
@@ -139,10 +143,10 @@ class ResumeMixin:
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        found, kind = manager.locate(path)
+        found, kind = loading.locate(path)
         trust = weights_only is False
         if isinstance(state, (Module, Optimizer)):
-            manager.load_raw(found, kind, state, more_modules=self._modules, strict=strict, trust=trust)
+            loading.load_raw(found, kind, state, more_modules=self._modules, strict=strict, trust=trust)
             return {}
         state = {} if state is None else state
         followed = {key for key, value in state.items() if any(value is loader for loader in self._tracker.loaders)}
@@ -153,8 +157,8 @@ class ResumeMixin:
             if resumes and components is not None:
                 self._tracker.check(components, strict=strict)
 
-        load = manager.load_single_file if kind is Kind.SINGLE_FILE else manager.load_folder
-        objects = manager.Objects.of(asked, more_modules=self._modules)
+        load = loading.load_single_file if kind is Kind.SINGLE_FILE else loading.load_folder
+        objects = Objects.of(asked, more_modules=self._modules)
         loaded = load(found, asked, objects, strict=strict, trust=trust, check=check, content_if_empty=not state)
         state.update(asked)
         for key in followed:
@@ -162,7 +166,7 @@ class ResumeMixin:
         if resumes and loaded.components is not None:
             self._tracker.restore(loaded.components, strict=strict)
         elif resumes:
-            manager.warn_foreign(found)
+            loading.warn_foreign(found)
         return loaded.remainder
 
 
@@ -170,12 +174,12 @@ class ResumableSingleDeviceStrategy(ResumeMixin, SingleDeviceStrategy):
     """:class:`~lightning.fabric.strategies.SingleDeviceStrategy` with :class:`ResumeMixin`."""
 
 
-class ResumableDDPStrategy(ResumeMixin, DDPStrategy):
+class ResumableDDPStrategy(ResumeMixin, DDPStrategy):  # type: ignore[misc]  # wider types than setup_module's
     """:class:`~lightning.fabric.strategies.DDPStrategy` with :class:`ResumeMixin`."""
 
 
 class ResumableModelParallelStrategy(ResumeMixin, ModelParallelStrategy):
-    """:class:`~lightning.fabric.strategies.ModelParallelStrategy` (FSDP2, tensor parallel) with :class:`ResumeMixin`."""
+    """:class:`~lightning.fabric.strategies.ModelParallelStrategy` (FSDP2, TP) with :class:`ResumeMixin`."""
 
 
 class ResumableFSDPStrategy(ResumeMixin, FSDPStrategy):

@@ -21,13 +21,13 @@ LAYERS = [
     {"errors", "_distributed", "data.order"},
     {"state"},
     {"data", "checkpoint"},
-    {"manager", "export", "proof"},
-    {"strategies", "callback", "cli"},
+    {"saving", "loading", "run", "manager", "export", "proof"},
+    {"strategies", "trainer_checkpoints", "binding", "callback", "cli"},
     {"__init__", "__main__"},
 ]
 LEVELS = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 STRANGERS = {"data", "checkpoint"}  # neighbours of which neither imports the other
-USERS_OF_LIGHTNING = {"state", "strategies", "callback", "__init__"}  # who may import _lightning
+USERS_OF_LIGHTNING = {"strategies", "trainer_checkpoints", "binding", "callback"}  # who may import _lightning
 
 PURE = {"data.order", "checkpoint.retention"}  # decide on numbers alone: no process group, no storage
 

@@ -82,7 +82,7 @@ class FileComponents(SavedComponents):
 def settle(components: Iterable[Component]) -> list[Component]:
     """Compares what all ranks should have alike. A collective.
 
-    A REPLICATED component that is not ``required`` and differs becomes PER_RANK: a user's value that is each rank's own.
+    A REPLICATED component that differs and is not ``required`` becomes PER_RANK: each rank has a value of its own.
 
     Raises:
         CheckpointSaveError: A required REPLICATED component differs between ranks.

@@ -31,5 +31,9 @@ def fingerprint(dataset: Any) -> str:
 
 def _tensor(tensor: torch.Tensor) -> str:
     rows = sorted({0, len(tensor) // 2, len(tensor) - 1}) if tensor.ndim and len(tensor) else []
-    sample = b"".join(tensor[row].detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for row in rows)
+    sample = b"".join(_bytes(tensor[row]) for row in rows)
     return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_64_hexdigest(sample)}"
+
+
+def _bytes(row: torch.Tensor) -> bytes:
+    return row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

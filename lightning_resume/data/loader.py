@@ -34,8 +34,13 @@ class Resumable(abc.ABC):
     """
 
     sharing: Sharing
+    epoch: int
     _taken: int
     """Batches handed out by the open iteration."""
+    _stepped: int
+    _ended: bool
+    _resumed: bool
+    _iteration: object
 
     def __iter__(self) -> Iterator[Any]:
         # eager, so that where an iteration begins does not depend on when its first batch is asked for
@@ -166,6 +171,11 @@ class ElasticLoader(Resumable):
             ``batch_sampler``, or a sampler that is each rank's own, ties the position to the world size.
     """
 
+    # of the user's loader, with all its other attributes
+    num_workers: int
+    worker_init_fn: Any
+    batch_sampler: Any
+
     def attach(
         self,
         loader: DataLoader[Any],
@@ -189,7 +199,7 @@ class ElasticLoader(Resumable):
         return self._ranks is None
 
     @property
-    def epoch(self) -> int:
+    def epoch(self) -> int:  # type: ignore[override]  # read only
         return self._start.epoch
 
     @property
@@ -374,4 +384,3 @@ class BatchRequests:
 
 def _is_sized(source: Source) -> bool:
     return source.length < UNSIZED
-

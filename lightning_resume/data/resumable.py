@@ -30,6 +30,7 @@ def make_resumable(
     world_size: int = 1,
     seed: int | None = None,
     tail: order.Tail | None = None,
+    shared: bool = False,
 ) -> Any:
     """Returns a loader that stands in for ``loader`` and knows its position.
 
@@ -43,6 +44,7 @@ def make_resumable(
         seed: Key of the order and of the samples' random numbers. By default what the loader's sampler or its
             ``generator`` was seeded with, or ``seed_everything``, or torch's initial seed.
         tail: What becomes of the samples that do not fill a step; by default as ``drop_last`` says.
+        shared: Divide each step over the ranks although no ``DistributedSampler`` asks for it.
 
     Raises:
         ValueError: The dataset has fewer samples than there are ranks.
@@ -57,7 +59,7 @@ def make_resumable(
     stateful_dataloader = _is_stateful_dataloader(loader)
     if stateful_dataloader or isinstance(loader.dataset, IterableDataset):
         return _stream(loader, world_size=world_size, seed=seed, stateful_dataloader=stateful_dataloader)
-    return _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail)
+    return _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail, shared=shared)
 
 
 def _is_stateful_dataloader(loader: DataLoader[Any]) -> bool:
@@ -75,14 +77,14 @@ def _stream(loader: DataLoader[Any], *, world_size: int, seed: int | None, state
 
 
 def _elastic(
-    loader: DataLoader[Any], *, rank: int, world_size: int, seed: int | None, tail: order.Tail | None
+    loader: DataLoader[Any], *, rank: int, world_size: int, seed: int | None, tail: order.Tail | None, shared: bool
 ) -> ElasticLoader:
     key, explicit = _seed(loader, seed)
     custom_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
     sampler = loader.batch_sampler if custom_batches else loader.sampler
     assert sampler is not None
     # what each rank draws for itself can only be gone on with by that rank: it is an order of its own
-    own = custom_batches or (world_size > 1 and not _is_shared(sampler))
+    own = custom_batches or (world_size > 1 and not shared and not _is_shared(sampler))
     source: Source = _replayed(sampler, key) if own else _shared_source(loader, sampler, key)
     if custom_batches:
         source = BatchRequests(source)
@@ -131,15 +133,11 @@ def _is_shared(sampler: object) -> bool:
 
 
 def _replayed(sampler: Iterable[Any], key: int) -> Source:
-    return Replayed(sampler, key, length=len(sampler) if _has_length(sampler) else UNSIZED)
-
-
-def _has_length(sampler: object) -> bool:
     try:
-        len(sampler)  # type: ignore[arg-type]
+        length = len(sampler)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
-        return False
-    return True
+        length = UNSIZED
+    return Replayed(sampler, key, length=length)
 
 
 def _length(loader: DataLoader[Any]) -> int:
@@ -173,6 +171,5 @@ _MASK = (1 << 63) - 1
 
 def _stand_in(cls: type, loader: object) -> Any:
     """An instance of both ``cls`` and the user's class, so that the user's ``isinstance`` checks go on working."""
-    both = type(f"{cls.__name__}[{type(loader).__name__}]", (cls, type(loader)), {})
+    both: Any = type(f"{cls.__name__}[{type(loader).__name__}]", (cls, type(loader)), {})
     return both.__new__(both)
-

@@ -12,7 +12,6 @@ import torch
 from lightning_resume.data import order
 from lightning_resume.data.randomness import RandomStream, Request
 
-
 UNSIZED = 1 << 62
 """The length that stands for a sampler without one."""
 

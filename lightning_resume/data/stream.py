@@ -40,7 +40,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def iterate(self, epoch: int, inner: Any, skip: int) -> Iterator[Any]:
-        """Starts a pass: from ``inner``, an earlier :meth:`capture`, where this engine keeps one, else from its start."""
+        """Starts a pass: from ``inner``, an earlier :meth:`capture`, or from its start, past ``skip`` batches."""
 
     @abc.abstractmethod
     def capture(self) -> Any:
@@ -144,7 +144,7 @@ class StreamLoader(Resumable):
         return len(self._wrapped)
 
     @property
-    def epoch(self) -> int:
+    def epoch(self) -> int:  # type: ignore[override]  # read only
         return self._epoch
 
     def remember(self, batches: int) -> None:
@@ -242,7 +242,8 @@ def keyed_engine_of(loader: DataLoader[Any], seed: int, *, stateful_dataloader: 
     epoch = EpochCell()
     engine = copy.copy(loader)
     iterable = isinstance(loader.dataset, IterableDataset)
-    keyed = KeyedIterable(loader.dataset, seed, epoch) if iterable else EpochKeyedDataset(loader.dataset, seed, epoch)
+    dataset: Any = loader.dataset
+    keyed = KeyedIterable(dataset, seed, epoch) if iterable else EpochKeyedDataset(dataset, seed, epoch)
     engine.__dict__.update(
         dataset=keyed,
         collate_fn=KeyedCollate(loader.collate_fn, keyed),
@@ -272,4 +273,3 @@ def _seed_generators(sampler: object, seed: int) -> None:
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-

@@ -47,11 +47,13 @@ def is_fsdp1(module: Module) -> bool:
 
 def clean_name(name: str) -> str:
     """A parameter's name without what ``torch.compile`` and FSDP put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+    return (
+        name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+    )
 
 
 def model_state(module: Module) -> StateDict:
-    """The module's state by name; its tensors are the live ones where the strategy allows, and sharded where they are."""
+    """The module's state by name: the live tensors, but for FSDP1; sharded where the module is."""
     if is_fsdp1(module):
         with _quiet():
             return get_model_state_dict(module)
@@ -165,7 +167,9 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], owners:
             flat = FullyShardedDataParallel.optim_state_dict_to_load(modules[0], optimizer, dict(state))
         optimizer.load_state_dict(flat)
         return
-    optimizer.load_state_dict(in_parameter_order(state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]))
+    optimizer.load_state_dict(
+        in_parameter_order(state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
+    )
 
 
 def in_parameter_order(state: Mapping[str, Any], current: Sequence[Sequence[str]]) -> StateDict:
@@ -193,9 +197,7 @@ def full_optimizer_state(optimizer: Optimizer, owners: Owners) -> StateDict:
     if not any(has_dtensors(module) for module in modules):
         return optimizer.state_dict()
     state = optimizer_state(optimizer, owners)
-    whole = {
-        name: {key: _whole(value) for key, value in values.items()} for name, values in state["state"].items()
-    }
+    whole = {name: {key: _whole(value) for key, value in values.items()} for name, values in state["state"].items()}
     return {**state, "state": whole if _distributed.rank() == 0 else {}}
 
 
@@ -265,9 +267,9 @@ def _difference(one: list[Any], other: list[Any]) -> str:
 def like(model: Mapping[str, Any], name: str, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
     """An empty tensor to load one entry of a parameter's optimizer state into, laid out as the parameter is."""
     parameter = model.get(name)
-    if isinstance(parameter, torch.Tensor) or hasattr(parameter, "local_shards"):
-        if tuple(parameter.size()) == tuple(shape):  # type: ignore[union-attr]
-            return torch.empty_like(parameter, dtype=dtype)  # type: ignore[arg-type]
+    is_tensor = isinstance(parameter, torch.Tensor) or hasattr(parameter, "local_shards")
+    if is_tensor and tuple(parameter.size()) == tuple(shape):  # type: ignore[union-attr]
+        return torch.empty_like(parameter, dtype=dtype)  # type: ignore[arg-type]
     return torch.empty(tuple(shape), dtype=dtype)
 
 

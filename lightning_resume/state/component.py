@@ -46,6 +46,10 @@ class Component:
     required: bool = True
 
 
+USER = "user."
+"""Begins the names of components that are values of the user's ``state``."""
+
+
 def leaf_name(component: str, rank: int | None = None) -> str:
     """The key of a component's leaf in the checkpoint; ``rank`` where each rank has its own."""
     return f"resume.{component}" if rank is None else f"resume.{component}.rank_{rank:05d}"

@@ -60,7 +60,7 @@ def capture() -> RngState:
     numpy = np.random.get_state(legacy=False)
     return RngState(
         python=random.getstate(),
-        numpy=numpy,  # type: ignore[arg-type]  # a dict, because legacy=False
+        numpy=numpy,
         torch_cpu=torch.get_rng_state(),
         accelerator=None if module is None else module.get_rng_state(),
     )

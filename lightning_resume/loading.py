@@ -1,208 +1,34 @@
-"""Saves and loads the objects of a run, in a checkpoint folder or a single file. Every function is a collective."""
+"""Loads a checkpoint folder or a single file into the objects of a run. Every function is a collective."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import unflatten_state_dict
-from lightning_resume.checkpoint.commit import commit_file
-from lightning_resume.checkpoint.components import (
-    FILE_KEY,
-    FileComponents,
-    LeafComponents,
-    SavedComponents,
-    entries,
-    settle,
-    to_file,
-    to_leaves,
-)
-from lightning_resume.checkpoint.filesystem import local_path, torch_save
-from lightning_resume.checkpoint.layout import Kind, classify, newest
-from lightning_resume.checkpoint.manifest import Manifest
+from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
+from lightning_resume.checkpoint.filesystem import local_path
+from lightning_resume.checkpoint.layout import Kind, classify, newest, resolve
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
-from lightning_resume.checkpoint.writer import write_checkpoint
 from lightning_resume.errors import CheckpointMismatchError, CheckpointNotFoundError
 from lightning_resume.state import collect
-from lightning_resume.state.component import Component, Sharing
-from lightning_resume.state.topology import Topology
+from lightning_resume.state.component import USER
+from lightning_resume.state.objects import Objects, put_back
 
-Filter = Mapping[str, Callable[[str, Any], bool]]
 Path_ = str | os.PathLike[str]
+Check = Callable[[SavedComponents | None], None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Objects:
-    """The user's objects of one save or load, by key and by what is done with them."""
-
-    modules: Mapping[str, Module]
-    optimizers: Mapping[str, Optimizer]
-    others: Mapping[str, Any]
-    owners: collect.Owners
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any], *, more_modules: Iterable[Module] = ()) -> Objects:
-        """Sorts ``state``. ``more_modules`` may hold an optimizer's parameters without being saved themselves."""
-        modules = {key: value for key, value in state.items() if isinstance(value, Module)}
-        optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
-        held = {id(module) for module in modules.values()}
-        more = {f"module_{i}": module for i, module in enumerate(more_modules) if id(module) not in held}
-        return cls(
-            modules=modules,
-            optimizers=optimizers,
-            others={key: value for key, value in state.items() if key not in modules and key not in optimizers},
-            owners=collect.Owners({**modules, **more} if not _cover(modules, optimizers) else modules),
-        )
-
-
-def _cover(modules: Mapping[str, Module], optimizers: Mapping[str, Optimizer]) -> bool:
-    owners = collect.Owners(modules)
-    return all(owners.of(optimizer) for optimizer in optimizers.values())
-
-
-def save_folder(
-    path: Path_,
-    objects: Objects,
-    components: Sequence[Component],
-    *,
-    topology: Mapping[str, Any],
-    filter: Filter | None = None,
-    step: int | None = None,
-    epoch: int | None = None,
-) -> Manifest:
-    """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
-    filter = filter or {}
-    tensors: dict[str, Any] = {}
-    for key, module in objects.modules.items():
-        tensors[key] = _filtered(key, collect.model_state(module), filter)
-    for key, optimizer in objects.optimizers.items():
-        tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
-    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-    return save_state(path, tensors, meta, components, topology=topology, step=step, epoch=epoch)
-
-
-def save_state(
-    path: Path_,
-    tensors: dict[str, Any],
-    meta: Mapping[str, Any],
-    components: Sequence[Component],
-    *,
-    topology: Mapping[str, Any],
-    step: int | None = None,
-    epoch: int | None = None,
-) -> Manifest:
-    """Saves a checkpoint folder of state that was collected already."""
-    stored = with_own_values(meta, components)
-    return write_checkpoint(
-        path,
-        state=tensors,
-        leaves=to_leaves(stored),
-        meta=dict(meta),
-        components=entries(stored),
-        step=step,
-        epoch=epoch,
-        topology=topology,
-    )
-
-
-def save_file(
-    path: Path_,
-    objects: Objects,
-    components: Sequence[Component],
-    *,
-    filter: Filter | None = None,
-    write: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Saves one file, in the layout of stock Lightning, with the components under one more key.
-
-    Args:
-        path: Where to; a folder there is replaced.
-        objects: The user's objects; sharded ones are gathered on rank 0.
-        components: What else makes the run the same.
-        filter: As in ``fabric.save``.
-        write: Writes the content on rank 0, instead of us: a ``CheckpointIO`` of the user's.
-    """
-    filter = filter or {}
-    content: dict[str, Any] = {}
-    for key, module in objects.modules.items():
-        content[key] = _filtered(key, collect.full_model_state(module), filter)
-    for key, optimizer in objects.optimizers.items():
-        content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
-    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-    content |= meta
-    content[FILE_KEY] = to_file(with_own_values(meta, components))
-    write_file(path, content, write=write)
-
-
-def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Writes rank 0's ``content`` as one file; every rank learns of an error."""
-    path = _distributed.broadcast_object(os.fspath(path))
-    if write is None:
-        _distributed.on_rank_zero(f"saving {path}", lambda: commit_file(path, lambda file: torch_save(content, file)))
-    else:
-        _distributed.on_rank_zero(f"saving {path}", lambda: write(content))
-
-
-_USER = "user."
-
-
-def with_own_values(meta: Mapping[str, Any], components: Iterable[Component]) -> list[Component]:
-    """``components``, and those values of ``meta`` that differ between ranks: ``meta`` itself is stored as rank 0's."""
-    settled = settle([*components, *_user_components(meta)])
-    return [c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(_USER)]
-
-
-def take_own_values(meta: dict[str, Any], components: SavedComponents) -> None:
-    """Replaces rank 0's values in ``meta`` by this rank's, where each rank had its own."""
-    for key in meta:
-        meta[key] = own_value(components, f"{_USER}{key}", meta[key])
-
-
-def _user_components(meta: Mapping[str, Any]) -> list[Component]:
-    return [
-        Component(name=f"{_USER}{key}", value=value, sharing=Sharing.REPLICATED, required=False)
-        for key, value in meta.items()
-    ]
-
-
-def _filtered(key: str, state: Any, filter: Filter) -> Any:
-    return collect.restrict(state, filter[key]) if key in filter and isinstance(state, Mapping) else state
-
-
-def to_saved(value: Any) -> Any:
-    """What is saved of a user's object that is no module or optimizer."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return dict(value.bit_generator.state)
-    return value.state_dict() if is_stateful(value) else value
-
-
-def is_stateful(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
-
-
-def _put_back(state: MutableMapping[str, Any], key: str, saved: Any) -> None:
-    current = state[key]
-    if isinstance(current, torch.Generator):
-        current.set_state(saved)
-    elif isinstance(current, np.random.Generator):
-        current.bit_generator.state = saved
-    elif is_stateful(current):
-        current.load_state_dict(saved)
-    else:
-        state[key] = saved
+def accept_all(_components: SavedComponents | None) -> None:
+    """The check that refuses nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,7 +69,7 @@ def load_folder(
     *,
     strict: bool,
     trust: bool,
-    check: Callable[[SavedComponents | None], None] = lambda components: None,
+    check: Check = accept_all,
     content_if_empty: bool = True,
 ) -> Loaded:
     """Loads a checkpoint folder into ``objects``; ``state`` is the user's dict, whose plain values are replaced.
@@ -257,7 +83,7 @@ def load_folder(
         return Loaded(remainder={**reader.read(), **meta}, components=components)
 
     def examine() -> dict[str, list[list[Any]]]:
-        saved_keys = {keypath[0] for keypath in reader.mappings.values()} | set(meta)
+        saved_keys = {str(keypath[0]) for keypath in reader.mappings.values()} | set(meta)
         _check_keys(state, saved_keys, strict=strict)
         for key, module in objects.modules.items():
             if key in saved_keys:
@@ -284,7 +110,7 @@ def load_single_file(
     *,
     strict: bool,
     trust: bool,
-    check: Callable[[SavedComponents | None], None] = lambda components: None,
+    check: Check = accept_all,
     content_if_empty: bool = True,
 ) -> Loaded:
     """Loads one file, ours or stock Lightning's, into ``objects``. Each rank reads it for itself."""
@@ -342,7 +168,7 @@ def load_raw(
 
 def read_file(path: Path_, *, trust: bool) -> Any:
     """The content of a single-file checkpoint, on the CPU."""
-    with open(local_path(path), "rb") as file:
+    with open(resolve(local_path(path)), "rb") as file:
         return safe_load(file, name=os.fspath(path), trust=trust)
 
 
@@ -370,9 +196,7 @@ def _check_keys(state: Mapping[str, Any], saved: Iterable[str], *, strict: bool)
 
 
 def _check_model(reader: CheckpointReader, key: str, module: Module, *, strict: bool) -> None:
-    saved = {
-        path[1]: reader.keys[flat] for flat, path in reader.mappings.items() if path[0] == key and len(path) > 1
-    }
+    saved = {path[1]: reader.keys[flat] for flat, path in reader.mappings.items() if path[0] == key and len(path) > 1}
     _check_names(key, collect.model_state(module), saved, strict=strict)
 
 
@@ -454,7 +278,13 @@ def _load_others(
         if key not in saved:
             continue
         value = saved.pop(key)
-        _put_back(state, key, own_value(components, f"{_USER}{key}", value))
+        put_back(state, key, own_value(components, f"{USER}{key}", value))
+
+
+def take_own_values(meta: dict[str, Any], components: SavedComponents) -> None:
+    """Replaces rank 0's values in ``meta`` by this rank's, where each rank had its own."""
+    for key in meta:
+        meta[key] = own_value(components, f"{USER}{key}", meta[key])
 
 
 def own_value(components: SavedComponents | None, name: str, shared: Any) -> Any:
@@ -465,17 +295,11 @@ def own_value(components: SavedComponents | None, name: str, shared: Any) -> Any
     rank = _distributed.rank()
     if ranks != _distributed.world_size() and rank == 0:
         warnings.warn(
-            f"{name.removeprefix(_USER)!r} differed between the {ranks} ranks that saved it; on"
+            f"{name.removeprefix(USER)!r} differed between the {ranks} ranks that saved it; on"
             f" {_distributed.world_size()} ranks those without a value of their own get rank 0's.",
             stacklevel=2,
         )
     return components.value(name, rank if rank < ranks else 0)
-
-
-def topology_of(strategy: Any) -> Topology:
-    """The topology of a Lightning strategy's run."""
-    mesh = getattr(strategy, "_device_mesh", None)
-    return Topology.of(mesh=mesh, data_parallel=getattr(strategy, "distributed_sampler_kwargs", None))
 
 
 def model_key(path: Path_) -> str:

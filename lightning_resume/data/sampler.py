@@ -1,0 +1,140 @@
+"""The elastic order for use without Lightning: a batch sampler, and a loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, final
+
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_resume import _distributed
+from lightning_resume.data import order
+from lightning_resume.data.fingerprint import fingerprint
+from lightning_resume.data.loader import ElasticLoader
+from lightning_resume.data.resumable import make_resumable
+from lightning_resume.errors import CheckpointMismatchError
+
+
+@final
+class ElasticSampler(Sampler[list[int]]):
+    """A batch sampler in the elastic order: pass it as ``DataLoader(dataset, batch_sampler=...)``.
+
+    Every rank takes its part of each step; the state is the same on every rank, and world size and ``batch_size`` may
+    change between :meth:`state_dict` and :meth:`load_state_dict`. The sampler cannot see how many batches a loader with
+    workers has fetched ahead, so ``state_dict`` is exact without workers only; :class:`ResumableDataLoader` counts for
+    itself.
+
+    Args:
+        dataset: Anything with a length.
+        batch_size: Samples of one rank in one step; the last step of an epoch may be smaller, or larger by one.
+        shuffle: ``False`` for the dataset's own order.
+        seed: Key of the order.
+        tail: What becomes of samples that do not fill a step.
+        rank: This process's index among those that see different data; by default its global rank.
+        world_size: Number of those processes; by default all.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        tail: order.Tail | str = order.Tail.EVEN,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self.rank = _distributed.rank() if rank is None else rank
+        self.world_size = _distributed.world_size() if world_size is None else world_size
+        self._state = order.OrderState(
+            seed=seed, length=len(dataset), tail=order.Tail(tail), shuffle=shuffle, fingerprint=fingerprint(dataset)
+        )
+        self._finished = False
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        return {"world_size": self.world_size, "batch_size": self.batch_size}
+
+    def __len__(self) -> int:
+        return self._state.batches + order.steps_left(self._state, **self._counts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The rest of the epoch; after its end, the next epoch."""
+        if self._finished:
+            self._state = order.next_epoch(self._state, **self._counts)
+        self._finished = False
+        start = self._state
+        for step in range(order.steps_left(start, **self._counts)):
+            window = order.window(start, step, **self._counts)
+            mine = order.rank_slice(*window, rank=self.rank, world_size=self.world_size)
+            self._state = order.advance(start, step + 1, **self._counts)
+            yield order.indices(start, *mine).tolist()
+        self._finished = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Starts ``epoch`` from its beginning; within the same epoch, the position is kept."""
+        if epoch != self._state.epoch:
+            self._state = dataclasses.replace(self._state, epoch=epoch, consumed=0, batches=0)
+            self._finished = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch given last."""
+        return {"order": self._state.to_dict(), "finished": self._finished}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from ``state_dict``.
+
+        Raises:
+            CheckpointMismatchError: It belongs to another dataset or another order; nothing was changed.
+        """
+        saved = order.OrderState.from_dict(state_dict["order"])
+        for field in ("length", "fingerprint", "tail", "shuffle", "seed"):
+            if getattr(saved, field) != getattr(self._state, field):
+                raise CheckpointMismatchError(
+                    "sampler",
+                    field,
+                    saved=getattr(saved, field),
+                    current=getattr(self._state, field),
+                    advice="Make the sampler as it was when its state was saved.",
+                )
+        self._state, self._finished = saved, bool(state_dict["finished"])
+
+
+class ResumableDataLoader(ElasticLoader, DataLoader[Any]):  # type: ignore[misc]  # __iter__ gives any iterator
+    """A ``DataLoader`` that knows its position, for training loops without Lightning.
+
+    Takes the arguments of :class:`torch.utils.data.DataLoader` for a map-style dataset; the batches of one step are
+    divided over the ranks, so no ``DistributedSampler`` is needed. ``state_dict()`` is a few integers, the same on
+    every rank; after ``load_state_dict`` the next ``for batch in loader`` goes on, at any world size, batch size and
+    number of workers.
+
+    Args:
+        dataset: A map-style dataset.
+        rank: This process's index among those that see different data; by default its global rank.
+        world_size: Number of those processes; by default all.
+        seed: Key of the order and of the samples' random numbers.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *args: Any,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loader = DataLoader(dataset, *args, **kwargs)
+        made = make_resumable(
+            loader,
+            rank=_distributed.rank() if rank is None else rank,
+            world_size=_distributed.world_size() if world_size is None else world_size,
+            seed=seed,
+            shared=True,
+        )
+        if not isinstance(made, ElasticLoader):
+            raise TypeError("ResumableDataLoader is for map-style datasets; use make_resumable(DataLoader(...)).")
+        self.__dict__.update(made.__dict__)

@@ -1,0 +1,127 @@
+"""Saves the objects of a run, as a checkpoint folder or a single file. Every function is a collective."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lightning_resume import _distributed
+from lightning_resume.checkpoint.commit import commit_file
+from lightning_resume.checkpoint.components import FILE_KEY, entries, settle, to_file, to_leaves
+from lightning_resume.checkpoint.filesystem import torch_save
+from lightning_resume.checkpoint.manifest import Manifest
+from lightning_resume.checkpoint.writer import write_checkpoint
+from lightning_resume.state import collect
+from lightning_resume.state.component import USER, Component, Sharing
+from lightning_resume.state.objects import Objects, to_saved
+from lightning_resume.state.topology import Topology
+
+Filter = Mapping[str, Callable[[str, Any], bool]]
+Path_ = str | os.PathLike[str]
+
+
+def save_folder(
+    path: Path_,
+    objects: Objects,
+    components: Sequence[Component],
+    *,
+    topology: Mapping[str, Any],
+    filter: Filter | None = None,
+    step: int | None = None,
+    epoch: int | None = None,
+) -> Manifest:
+    """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
+    filter = filter or {}
+    tensors: dict[str, Any] = {}
+    for key, module in objects.modules.items():
+        tensors[key] = _filtered(key, collect.model_state(module), filter)
+    for key, optimizer in objects.optimizers.items():
+        tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
+    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+    return save_state(path, tensors, meta, components, topology=topology, step=step, epoch=epoch)
+
+
+def save_state(
+    path: Path_,
+    tensors: dict[str, Any],
+    meta: Mapping[str, Any],
+    components: Sequence[Component],
+    *,
+    topology: Mapping[str, Any],
+    step: int | None = None,
+    epoch: int | None = None,
+) -> Manifest:
+    """Saves a checkpoint folder of state that was collected already."""
+    stored = with_own_values(meta, components)
+    return write_checkpoint(
+        path,
+        state=tensors,
+        leaves=to_leaves(stored),
+        meta=dict(meta),
+        components=entries(stored),
+        step=step,
+        epoch=epoch,
+        topology=topology,
+    )
+
+
+def save_file(
+    path: Path_,
+    objects: Objects,
+    components: Sequence[Component],
+    *,
+    filter: Filter | None = None,
+    write: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Saves one file, in the layout of stock Lightning, with the components under one more key.
+
+    Args:
+        path: Where to; a folder there is replaced.
+        objects: The user's objects; sharded ones are gathered on rank 0.
+        components: What else makes the run the same.
+        filter: As in ``fabric.save``.
+        write: Writes the content on rank 0, instead of us: a ``CheckpointIO`` of the user's.
+    """
+    filter = filter or {}
+    content: dict[str, Any] = {}
+    for key, module in objects.modules.items():
+        content[key] = _filtered(key, collect.full_model_state(module), filter)
+    for key, optimizer in objects.optimizers.items():
+        content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
+    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+    content |= meta
+    content[FILE_KEY] = to_file(with_own_values(meta, components))
+    write_file(path, content, write=write)
+
+
+def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Writes rank 0's ``content`` as one file; every rank learns of an error."""
+    path = _distributed.broadcast_object(os.fspath(path))
+    if write is None:
+        _distributed.on_rank_zero(f"saving {path}", lambda: commit_file(path, lambda file: torch_save(content, file)))
+    else:
+        _distributed.on_rank_zero(f"saving {path}", lambda: write(content))
+
+
+def with_own_values(meta: Mapping[str, Any], components: Iterable[Component]) -> list[Component]:
+    """``components``, and those values of ``meta`` that differ between ranks: ``meta`` itself is stored as rank 0's."""
+    settled = settle([*components, *_user_components(meta)])
+    return [c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(USER)]
+
+
+def _user_components(meta: Mapping[str, Any]) -> list[Component]:
+    return [
+        Component(name=f"{USER}{key}", value=value, sharing=Sharing.REPLICATED, required=False)
+        for key, value in meta.items()
+    ]
+
+
+def _filtered(key: str, state: Any, filter: Filter) -> Any:
+    return collect.restrict(state, filter[key]) if key in filter and isinstance(state, Mapping) else state
+
+
+def topology_of(strategy: Any) -> Topology:
+    """The topology of a Lightning strategy's run."""
+    mesh = getattr(strategy, "_device_mesh", None)
+    return Topology.of(mesh=mesh, data_parallel=getattr(strategy, "distributed_sampler_kwargs", None))

@@ -1,0 +1,163 @@
+"""The forms in which a Trainer's checkpoints are saved and loaded, under any of its stock strategies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_resume import _distributed, loading, saving
+from lightning_resume._lightning import Loops, is_fitting, is_sharded
+from lightning_resume.checkpoint.commit import delete_checkpoint
+from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
+from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.state import collect
+from lightning_resume.state.component import Component
+from lightning_resume.state.objects import Objects
+
+
+class TrainerCheckpoints:
+    """Saves and loads in place of a strategy: one file under single device and DDP, a folder under the sharded ones,
+    and a folder under all of them inside :meth:`as_folder`. Loads either, whoever wrote it.
+    """
+
+    def __init__(self, trainer: Any, loops: Loops) -> None:
+        self.trainer, self._loops = trainer, loops
+        strategy = trainer.strategy
+        self._stock_save, self._stock_load = strategy.save_checkpoint, strategy.load_checkpoint
+        self._stock_load_optimizers = strategy.load_optimizer_state_dict
+        self._folder_form = False
+        strategy.remove_checkpoint = self._remove
+        if is_sharded(strategy):
+            strategy.optimizer_state = self._optimizer_state
+        else:
+            strategy.load_optimizer_state_dict = self._load_optimizers
+
+    @contextlib.contextmanager
+    def as_folder(self) -> Iterator[None]:
+        """Inside, ``trainer.save_checkpoint`` saves a folder whatever the strategy, and shards, not whole tensors."""
+        self._folder_form = True
+        try:
+            with self._loops.sharded_state_dicts():
+                yield
+        finally:
+            self._folder_form = False
+
+    @property
+    def _saves_folder(self) -> bool:
+        return self._folder_form or self._loops.saves_folders
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        path: Any,
+        components: list[Component],
+        *,
+        loaders: list[dict[str, Any]],
+        storage_options: Any,
+    ) -> None:
+        """Saves what ``trainer.save_checkpoint`` collected; ``loaders`` is what the manifest says of them."""
+        if not self._saves_folder:
+            self._save_file(checkpoint, path, components, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError("`storage_options` has no effect on a checkpoint folder. Leave it out.")
+        self._save_folder(checkpoint, path, components, loaders)
+
+    def load(self, path: str, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
+        """Returns the checkpoint dict that Lightning goes on with; sharded strategies have their state loaded here."""
+        if is_sharded(self.trainer.strategy):
+            return self._load_sharded(path, kind, trust=trust, check=check)
+        return self._load_plain(path, kind, trust=trust)
+
+    def _save_folder(
+        self, checkpoint: dict[str, Any], path: Any, components: list[Component], loaders: list[dict[str, Any]]
+    ) -> None:
+        tensors: dict[str, Any] = {self._loops.model_key: checkpoint.pop("state_dict")}
+        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = self._named(i, state)
+        saving.save_state(
+            path,
+            tensors,
+            checkpoint,
+            components,
+            topology=saving.topology_of(self.trainer.strategy).to_manifest(loaders=loaders),
+            step=checkpoint["global_step"],
+            epoch=checkpoint["epoch"],
+        )
+
+    def _save_file(
+        self, checkpoint: dict[str, Any], path: Any, components: list[Component], storage_options: Any
+    ) -> None:
+        whole = {"state_dict", "optimizer_states"}
+        rest = {key: value for key, value in checkpoint.items() if key not in whole}
+        if components:
+            checkpoint[FILE_KEY] = to_file(saving.with_own_values(rest, components))
+        write = None
+        if storage_options is not None or self._loops.has_own_io:
+            write = lambda content: self._stock_save(content, path, storage_options=storage_options)  # noqa: E731
+        saving.write_file(path, checkpoint, write=write)
+
+    def _named(self, index: int, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state by parameter name, which is how every strategy can read it."""
+        optimizer = self._loops.optimizers[index]
+        names = self._owners().names(optimizer)
+        if names is None or _is_named(state):
+            return state
+        return collect.rename_parameters(state, [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
+
+    def _owners(self) -> collect.Owners:
+        model = self.trainer.strategy.model if is_sharded(self.trainer.strategy) else self.trainer.lightning_module
+        return collect.Owners({"model": model})
+
+    def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if self._saves_folder:
+            return collect.optimizer_state(optimizer, self._owners())
+        return collect.full_optimizer_state(optimizer, self._owners())
+
+    def _remove(self, filepath: Any) -> None:
+        _distributed.on_rank_zero(f"removing {filepath}", lambda: delete_checkpoint(filepath))
+
+    def _load_sharded(self, path: str, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
+        """Loads model and optimizers in place: with these strategies they exist when a checkpoint is loaded."""
+        model = self.trainer.strategy.model
+        optimizers = self._loops.optimizers if is_fitting(self.trainer) else []
+        strict = self.trainer.lightning_module.strict_loading
+        if kind is Kind.SINGLE_FILE:
+            content = dict(loading.read_file(path, trust=trust))
+            collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
+            for optimizer, whole in zip(optimizers, content.pop("optimizer_states", []), strict=False):
+                collect.load_full_optimizer_state(optimizer, whole, self._owners())
+            saved = content.pop(FILE_KEY, None)
+            return loading.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+        key = loading.model_key(path)
+        state: dict[str, Any] = {key: model, **{f"optimizer_{i}": o for i, o in enumerate(optimizers)}}
+        objects = Objects.of(state)
+        return loading.load_folder(path, state, objects, strict=strict, trust=trust, check=check)
+
+    def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> loading.Loaded:
+        if kind is not Kind.SINGLE_FILE:
+            return loading.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
+        if self._loops.has_own_io:
+            content = self._stock_load(path, **({"weights_only": False} if trust else {}))
+        else:
+            content = loading.read_file(path, trust=trust)
+        content = dict(content)
+        saved = content.pop(FILE_KEY, None)
+        return loading.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+
+    def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loads optimizer states that are keyed by name; others as stock Lightning does."""
+        states = checkpoint["optimizer_states"]
+        if not all(_is_named(state) for state in states):
+            self._stock_load_optimizers(checkpoint)
+            return
+        for i, (optimizer, state) in enumerate(zip(self._loops.optimizers, states, strict=False)):
+            saved = [list(group["params"]) for group in state["param_groups"]]
+            collect.check_optimizer(f"optimizer_{i}", optimizer, saved, self._owners())
+            collect.load_optimizer_state(optimizer, state, self._owners())
+
+
+def _is_named(state: Mapping[str, Any]) -> bool:
+    return all(isinstance(name, str) for group in state["param_groups"] for name in group["params"])
