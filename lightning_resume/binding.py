@@ -26,9 +26,11 @@ from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
 from lightning_resume.state import rng
 from lightning_resume.state.component import Component, Sharing
+from lightning_resume.state.metrics import load_metrics_state, metrics_state
 from lightning_resume.trainer_checkpoints import TrainerCheckpoints
 
 _CURSOR = "trainer"
+_METRICS = "metrics"
 
 
 class Cursor(str, enum.Enum):
@@ -139,6 +141,7 @@ class TrainerBinding:
             cursor, checkpoint["loops"]["fit_loop"] = self._stopped[0], copy.deepcopy(self._stopped[1])
         loaders = self._train_loaders()
         states = self._loader_states() if boundary is None else boundary.loaders
+        metrics = metrics_state(self.trainer.lightning_module)
         value = {
             "cursor": cursor.value,
             "exhausted": self._loops.exhausted(),
@@ -149,6 +152,7 @@ class TrainerBinding:
             rng_component(rng.capture() if boundary is None else boundary.rng),
             *(loader_component(i, *pair) for i, pair in enumerate(zip(loaders, states, strict=True))),
             Component(name=_CURSOR, value=value, sharing=Sharing.REPLICATED, required=False),
+            Component(name=_METRICS, value=metrics, sharing=Sharing.PER_RANK, required=False),
         ]
 
     def _cursor(self) -> tuple[Cursor, Boundary | None]:
@@ -239,6 +243,11 @@ class TrainerBinding:
             return
         self._loops.load(self._resume.loops)
         self._loops.set_callback_metrics(self._resume.callback_metrics)
+        if (
+            self._resume.components.ranks(_METRICS) == _distributed.world_size()
+        ):  # parts of a sum: no other rank's will do
+            metrics = self._resume.components.value(_METRICS, _distributed.rank())
+            load_metrics_state(self.trainer.lightning_module, metrics)
         if self._resume.cursor in (Cursor.BATCH_END, Cursor.VALIDATED):
             self._loops.complete_batch()
         if self._resume.cursor is Cursor.EPOCH_END:
@@ -267,7 +276,7 @@ class TrainerBinding:
             if between_epochs:
                 loader.load_epoch_end(saved)
             elif saved["ended"]:
-                loader.load_state_dict({**saved, "ended": False})
+                loader.load_exhausted(saved)
             else:
                 loader.load_state_dict(saved)
 

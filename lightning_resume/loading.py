@@ -91,10 +91,10 @@ def load_folder(
         groups = {key: _saved_groups(reader, key) for key in objects.optimizers if key in saved_keys}
         for key, saved in groups.items():
             collect.check_optimizer(key, objects.optimizers[key], saved, objects.owners)
-        check(components)
         return groups
 
     groups = _distributed.agree(f"checking {os.fspath(path)!r} against the state given", examine)
+    _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
     for key, module in objects.modules.items():
         _load_model(reader, key, module, strict=strict)
     for key in groups:
@@ -125,9 +125,9 @@ def load_single_file(
         for key, module in objects.modules.items():
             if key in content:
                 _check_names(key, collect.model_state(module), content[key], strict=strict)
-        check(components)
 
     _distributed.agree(f"checking {os.fspath(path)!r} against the state given", examine)
+    _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
     for key, module in objects.modules.items():
         if key in content:
             collect.load_full_model_state(module, content.pop(key), strict=strict)

@@ -102,6 +102,10 @@ class Resumable(abc.ABC):
         if not state_dict["ended"]:
             self._next_epoch()
 
+    def load_exhausted(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from the ``state_dict`` of an iterator that has ended but is still held: the next is empty."""
+        self.load_state_dict({**state_dict, "ended": False})
+
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raises :class:`CheckpointMismatchError` when ``state_dict`` does not fit; changes nothing."""
         if state_dict.get("kind") != self._kind():

@@ -45,6 +45,9 @@ class KeyedDataset(Dataset[Any]):
 
     def __getitem__(self, request: Request) -> Any:
         self.batch_key = keyed_seed("batch", self.seed, request.epoch, request.key)
+        return self._sample(request)
+
+    def _sample(self, request: Request) -> Any:
         rng.seed_all(keyed_seed("sample", self.seed, request.epoch, request.key))
         return self.dataset[request.index]
 
@@ -53,7 +56,7 @@ class KeyedDataset(Dataset[Any]):
             rng.seed_all(keyed_seed("sample", self.seed, requests[0].epoch, requests[0].key))
             samples = self.dataset.__getitems__([request.index for request in requests])
         else:
-            samples = [KeyedDataset.__getitem__(self, request) for request in requests]
+            samples = [self._sample(request) for request in requests]
         self.batch_key = keyed_seed("batch", self.seed, requests[0].epoch, requests[0].key)
         return samples  # type: ignore[no-any-return]
 

@@ -137,7 +137,7 @@ class StreamLoader(Resumable):
         self._wrapped, self._stream_engine, self._seed, self._fixed_fields = wrapped, engine, seed, dict(fixed)
         self._epoch = self._skip = 0
         self._inner: Any = None
-        self._done = self._ended_when_saved = False
+        self._done = self._ended_when_saved = self._exhausted = False
         self.remember(2)
 
     def __len__(self) -> int:
@@ -168,7 +168,14 @@ class StreamLoader(Resumable):
             self._inner = None
         self._epoch, self._skip, self._done = self._epoch + 1, 0, False
 
+    def load_exhausted(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_exhausted(state_dict)
+        self._exhausted = True
+
     def _batches(self) -> Iterator[Any]:
+        if self._exhausted:
+            self._exhausted, self._done = False, True
+            return
         stream = RandomStream("stream", self._seed, self._epoch)
         self._history.clear()
         with stream():
