@@ -64,12 +64,16 @@ class Tracker:
     def add_loader(self, loader: Resumable) -> None:
         index = len(self.loaders)
         self._loaders = [ref for ref in self._loaders if ref() is not None] + [weakref.ref(loader)]
+        if self._watched:
+            loader.watch_steps()
         if index in self._pending:
             loader.load_state_dict(self._pending.pop(index))
 
     def watch(self, optimizer: Any) -> None:
         """From now on a batch counts as consumed when an optimizer has stepped on it."""
         self._watched = True
+        for loader in self.loaders:
+            loader.watch_steps()
         # a step through Fabric calls `stepped` too; this also sees steps on the optimizer itself
         optimizer.register_step_post_hook(lambda *_: self.stepped())
 

@@ -38,13 +38,14 @@ class Resumable(abc.ABC):
     _taken: int
     """Batches handed out by the open iteration."""
     _stepped: int
+    _watched = False
     _ended: bool
     _resumed: bool
     _iteration: object
 
     def __iter__(self) -> Iterator[Any]:
         # eager, so that where an iteration begins does not depend on when its first batch is asked for
-        if not self._resumed and (self._taken or self._at_end()):
+        if not self._resumed and (self._taken or self._at_end()) and not self._only_peeked():
             self._next_epoch()
         self._resumed = False
         self._taken = self._stepped = 0
@@ -60,6 +61,8 @@ class Resumable(abc.ABC):
                     " since. Iterate over the loader once at a time."
                 )
             self._taken += 1
+            if not torch.is_grad_enabled():  # a batch to evaluate on: no step will come for it
+                self._stepped = self._taken
             self._handed_out()
             yield batch
         self._ended = True
@@ -72,6 +75,14 @@ class Resumable(abc.ABC):
     def mark_stepped(self) -> None:
         """Notes that the optimizer has stepped on all batches handed out so far."""
         self._stepped = self._taken
+
+    def watch_steps(self) -> None:
+        """Says that :meth:`mark_stepped` will be called for every optimizer step."""
+        self._watched = True
+
+    def _only_peeked(self) -> bool:
+        """Whether batches were looked at (``next(iter(loader))``) but none was used: the iteration did not count."""
+        return self._watched and not self._ended and self._taken > 0 and self._stepped == 0
 
     @property
     def unstepped(self) -> int:
