@@ -25,11 +25,6 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def barrier() -> None:
-    if is_distributed():
-        all_gather_object(None)
-
-
 def broadcast_object(obj: T, src: int = 0) -> T:
     """Returns rank ``src``'s ``obj`` on every rank."""
     if world_size() == 1:

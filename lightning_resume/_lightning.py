@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import inspect
@@ -151,7 +150,7 @@ class Loops:
         return int(self._epoch.batch_progress.current.ready)
 
     def batch_progress(self) -> dict[str, Any]:
-        return copy.deepcopy(self._epoch.batch_progress.state_dict())
+        return dict(self._epoch.batch_progress.state_dict())
 
     def epoch_is_over(self) -> bool:
         return bool(self._epoch._num_ready_batches_reached())
