@@ -20,7 +20,7 @@ from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
 from lightning_resume.errors import CheckpointMismatchError, CheckpointNotFoundError
 from lightning_resume.state import collect
-from lightning_resume.state.component import USER
+from lightning_resume.state.component import BUFFERS, USER
 from lightning_resume.state.objects import Objects, put_back
 
 Path_ = str | os.PathLike[str]
@@ -97,6 +97,7 @@ def load_folder(
     _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
     for key, module in objects.modules.items():
         _load_model(reader, key, module, strict=strict)
+    load_own_buffers(objects.modules, components)
     for key in groups:
         _load_optimizer(reader, key, objects.optimizers[key], objects.owners)
     _load_others(state, objects, meta, components)
@@ -131,6 +132,7 @@ def load_single_file(
     for key, module in objects.modules.items():
         if key in content:
             collect.load_full_model_state(module, content.pop(key), strict=strict)
+    load_own_buffers(objects.modules, components)
     for key, optimizer in objects.optimizers.items():
         if key in content:
             collect.load_full_optimizer_state(optimizer, content.pop(key), objects.owners)
@@ -279,6 +281,19 @@ def _load_others(
             continue
         value = saved.pop(key)
         put_back(state, key, own_value(components, f"{USER}{key}", value))
+
+
+def own_buffers(components: SavedComponents | None, key: str) -> dict[str, Any]:
+    """This rank's own buffers of the module saved as ``key``; none where all ranks had the same, or it had none."""
+    ranks = None if components is None else components.ranks(f"{BUFFERS}{key}")
+    if components is None or ranks is None or _distributed.rank() >= ranks:
+        return {}
+    return dict(components.value(f"{BUFFERS}{key}", _distributed.rank()))
+
+
+def load_own_buffers(modules: Mapping[str, Module], components: SavedComponents | None) -> None:
+    for key, module in modules.items():
+        collect.load_buffers(module, own_buffers(components, key))
 
 
 def take_own_values(meta: dict[str, Any], components: SavedComponents) -> None:

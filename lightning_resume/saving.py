@@ -13,7 +13,7 @@ from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.writer import write_checkpoint
 from lightning_resume.state import collect
-from lightning_resume.state.component import USER, Component, Sharing
+from lightning_resume.state.component import BUFFERS, USER, Component, Sharing
 from lightning_resume.state.objects import Objects, to_saved
 from lightning_resume.state.topology import Topology
 
@@ -34,12 +34,14 @@ def save_folder(
     """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
     filter = filter or {}
     tensors: dict[str, Any] = {}
+    buffers: dict[str, Any] = {}
     for key, module in objects.modules.items():
         tensors[key] = _filtered(key, collect.model_state(module), filter)
+        buffers[key] = collect.buffers_of(module, tensors[key])
     for key, optimizer in objects.optimizers.items():
         tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
     meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-    return save_state(path, tensors, meta, components, topology=topology, step=step, epoch=epoch)
+    return save_state(path, tensors, meta, components, buffers=buffers, topology=topology, step=step, epoch=epoch)
 
 
 def save_state(
@@ -48,12 +50,16 @@ def save_state(
     meta: Mapping[str, Any],
     components: Sequence[Component],
     *,
+    buffers: Mapping[str, Mapping[str, Any]],
     topology: Mapping[str, Any],
     step: int | None = None,
     epoch: int | None = None,
 ) -> Manifest:
-    """Saves a checkpoint folder of state that was collected already."""
-    stored = with_own_values(meta, components)
+    """Saves a checkpoint folder of state that was collected already; ``buffers`` of ``tensors`` may differ by rank."""
+    stored = with_own_values(meta, components, buffers)
+    if _distributed.rank() > 0:  # of what all ranks hold, DCP keeps any rank's; of buffers it is to be rank 0's
+        for key, names in buffers.items():
+            tensors[key] = {name: value for name, value in tensors[key].items() if name not in names}
     return write_checkpoint(
         path,
         state=tensors,
@@ -85,13 +91,15 @@ def save_file(
     """
     filter = filter or {}
     content: dict[str, Any] = {}
+    buffers: dict[str, Any] = {}
     for key, module in objects.modules.items():
         content[key] = _filtered(key, collect.full_model_state(module), filter)
+        buffers[key] = collect.buffers_of(module, collect.model_state(module))
     for key, optimizer in objects.optimizers.items():
         content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
     meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
     content |= meta
-    content[FILE_KEY] = to_file(with_own_values(meta, components))
+    content[FILE_KEY] = to_file(with_own_values(meta, components, buffers))
     write_file(path, content, write=write)
 
 
@@ -104,17 +112,15 @@ def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[st
         _distributed.on_rank_zero(f"saving {path}", lambda: write(content))
 
 
-def with_own_values(meta: Mapping[str, Any], components: Iterable[Component]) -> list[Component]:
-    """``components``, and those values of ``meta`` that differ between ranks: ``meta`` itself is stored as rank 0's."""
-    settled = settle([*components, *_user_components(meta)])
-    return [c for c in settled if c.sharing is Sharing.PER_RANK or not c.name.startswith(USER)]
-
-
-def _user_components(meta: Mapping[str, Any]) -> list[Component]:
-    return [
-        Component(name=f"{USER}{key}", value=value, sharing=Sharing.REPLICATED, required=False)
-        for key, value in meta.items()
-    ]
+def with_own_values(
+    meta: Mapping[str, Any], components: Iterable[Component], buffers: Mapping[str, Mapping[str, Any]]
+) -> list[Component]:
+    """``components``, and what differs between ranks of ``meta`` and ``buffers``, which are stored as rank 0's."""
+    values = {f"{USER}{key}": value for key, value in meta.items()}
+    values |= {f"{BUFFERS}{key}": dict(value) for key, value in buffers.items()}
+    own = [Component(name=n, value=v, sharing=Sharing.REPLICATED, required=False) for n, v in values.items()]
+    settled = settle([*components, *own])
+    return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in values]
 
 
 def _filtered(key: str, state: Any, filter: Filter) -> Any:

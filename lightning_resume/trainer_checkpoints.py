@@ -74,6 +74,7 @@ class TrainerCheckpoints:
         self, checkpoint: dict[str, Any], path: Any, components: list[Component], loaders: list[dict[str, Any]]
     ) -> None:
         tensors: dict[str, Any] = {self._loops.model_key: checkpoint.pop("state_dict")}
+        buffers = collect.buffers_of(self._model, tensors[self._loops.model_key])
         for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = self._named(i, state)
         saving.save_state(
@@ -81,6 +82,7 @@ class TrainerCheckpoints:
             tensors,
             checkpoint,
             components,
+            buffers={self._loops.model_key: buffers},
             topology=saving.topology_of(self.trainer.strategy).to_manifest(loaders=loaders),
             step=checkpoint["global_step"],
             epoch=checkpoint["epoch"],
@@ -92,7 +94,10 @@ class TrainerCheckpoints:
         whole = {"state_dict", "optimizer_states"}
         rest = {key: value for key, value in checkpoint.items() if key not in whole}
         if components:
-            checkpoint[FILE_KEY] = to_file(saving.with_own_values(rest, components))
+            # where whole tensors were gathered, the other ranks have none
+            state = checkpoint["state_dict"] or collect.model_state(self._model)
+            buffers = collect.buffers_of(self._model, state)
+            checkpoint[FILE_KEY] = to_file(saving.with_own_values(rest, components, {"state_dict": buffers}))
         write = None
         if storage_options is not None or self._loops.has_own_io:
             write = lambda content: self._stock_save(content, path, storage_options=storage_options)  # noqa: E731
@@ -106,9 +111,12 @@ class TrainerCheckpoints:
             return state
         return collect.rename_parameters(state, [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
 
+    @property
+    def _model(self) -> Any:
+        return self.trainer.strategy.model if is_sharded(self.trainer.strategy) else self.trainer.lightning_module
+
     def _owners(self) -> collect.Owners:
-        model = self.trainer.strategy.model if is_sharded(self.trainer.strategy) else self.trainer.lightning_module
-        return collect.Owners({"model": model})
+        return collect.Owners({"model": self._model})
 
     def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         optimizer = getattr(optimizer, "_optimizer", optimizer)
@@ -129,8 +137,9 @@ class TrainerCheckpoints:
             collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
             for optimizer, whole in zip(optimizers, content.pop("optimizer_states", []), strict=False):
                 collect.load_full_optimizer_state(optimizer, whole, self._owners())
-            saved = content.pop(FILE_KEY, None)
-            return loading.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+            loaded = _of_file(content)
+            loading.load_own_buffers({"state_dict": model}, loaded.components)
+            return loaded
         key = loading.model_key(path)
         state: dict[str, Any] = {key: model, **{f"optimizer_{i}": o for i, o in enumerate(optimizers)}}
         objects = Objects.of(state)
@@ -138,14 +147,18 @@ class TrainerCheckpoints:
 
     def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> loading.Loaded:
         if kind is not Kind.SINGLE_FILE:
-            return loading.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
+            loaded = loading.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
+            return self._with_own_buffers(loaded, loading.model_key(path))
         if self._loops.has_own_io:
             content = self._stock_load(path, **({"weights_only": False} if trust else {}))
         else:
             content = loading.read_file(path, trust=trust)
-        content = dict(content)
-        saved = content.pop(FILE_KEY, None)
-        return loading.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
+        return self._with_own_buffers(_of_file(dict(content)), "state_dict")
+
+    def _with_own_buffers(self, loaded: loading.Loaded, key: str) -> loading.Loaded:
+        """Lightning loads the weights itself, so this rank's own buffers go where it will find them."""
+        loaded.remainder["state_dict"] |= loading.own_buffers(loaded.components, key)
+        return loaded
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads optimizer states that are keyed by name; others as stock Lightning does."""
@@ -157,6 +170,11 @@ class TrainerCheckpoints:
             saved = [list(group["params"]) for group in state["param_groups"]]
             collect.check_optimizer(f"optimizer_{i}", optimizer, saved, self._owners())
             collect.load_optimizer_state(optimizer, state, self._owners())
+
+
+def _of_file(content: dict[str, Any]) -> loading.Loaded:
+    saved = content.pop(FILE_KEY, None)
+    return loading.Loaded(remainder=content, components=None if saved is None else FileComponents(saved))
 
 
 def _is_named(state: Mapping[str, Any]) -> bool:

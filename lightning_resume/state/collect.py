@@ -71,6 +71,26 @@ def load_model_state(module: Module, state: Mapping[str, Any], *, strict: bool) 
     inner.load_state_dict({current.get(name, name): value for name, value in state.items()}, strict=strict)
 
 
+def buffers_of(module: Module, state: Mapping[str, Any]) -> StateDict:
+    """Copies of those whole tensors in ``state`` that are buffers: each rank may have its own.
+
+    BatchNorm's statistics are each rank's under FSDP; under DDP they are rank 0's, but only from the next forward on.
+    """
+    names = {clean_name(name) for name, _ in user_module(module).named_buffers()}
+    return {
+        name: value.detach().cpu().clone()
+        for name, value in state.items()
+        if name in names and type(value) is torch.Tensor
+    }
+
+
+def load_buffers(module: Module, values: Mapping[str, Any]) -> None:
+    """Sets the buffers in ``values``."""
+    for name, buffer in user_module(module).named_buffers():
+        if clean_name(name) in values:
+            buffer.detach().copy_(values[clean_name(name)])
+
+
 def load_full_model_state(module: Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Loads whole tensors, equal on every rank, into a module that may be sharded."""
     if is_fsdp1(module) or has_dtensors(module):

@@ -48,6 +48,8 @@ class Component:
 
 USER = "user."
 """Begins the names of components that are values of the user's ``state``."""
+BUFFERS = "buffers."
+"""Begins the names of components that are a module's buffers, where each rank has its own."""
 
 
 def leaf_name(component: str, rank: int | None = None) -> str:
