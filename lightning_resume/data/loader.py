@@ -303,7 +303,7 @@ class ElasticLoader(Resumable):
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._start = order.OrderState.from_dict(state_dict["order"])
-        self._source.load_state_dict(state_dict["source"])
+        self._source.load_state_dict(state_dict["source"], seed=self._start.seed)
         self._shut_down()
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
@@ -393,8 +393,8 @@ class BatchRequests:
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._source.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
+        self._source.load_state_dict(state, seed=seed)
 
 
 def _is_sized(source: Source) -> bool:

@@ -121,11 +121,13 @@ class KeyedIterable(IterableDataset[Any]):
         self.pending: Mapping[str, Any] | None = None
 
     def __iter__(self) -> KeyedIterator:
-        stateful = is_stateful(self.dataset)
-        self.live = (StatefulKeyedIterator if stateful else KeyedIterator)(self)
-        if self.pending is not None and isinstance(self.live, StatefulKeyedIterator):
-            self.live.load_state_dict(self.pending)
-            self.pending = None
+        self.live = KeyedIterator(self)
+        if is_stateful(self.dataset) or is_stateful(self.live.inner):
+            # made anew it would call iter(dataset) again, which may already have used up a position set by the user
+            self.live.__class__ = StatefulKeyedIterator
+            if self.pending is not None:
+                self.live.load_state_dict(self.pending)  # type: ignore[attr-defined]
+                self.pending = None
         return self.live
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class KeyedIterator(Iterator[Any]):
         info = get_worker_info()
         self.worker = 0 if info is None else info.id
         rng.seed_all(keyed_seed("iter", owner.seed, int(owner.epoch), self.worker))
-        self.inner = iter(owner.dataset)
+        self.inner: Any = iter(owner.dataset)
 
     def __next__(self) -> Any:
         self.count += 1
@@ -151,15 +153,21 @@ class KeyedIterator(Iterator[Any]):
 
 
 class StatefulKeyedIterator(KeyedIterator):
-    """One pass over a dataset that saves and loads its own position."""
+    """One pass over a dataset that saves and loads its position, itself or through its iterator."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "dataset": copy.deepcopy(self.owner.dataset.state_dict())}  # type: ignore[attr-defined]
+        dataset: Any = self.owner.dataset
+        source = dataset if is_stateful(dataset) else self.inner
+        return {"count": self.count, "source": copy.deepcopy(source.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
-        self.owner.dataset.load_state_dict(state["dataset"])  # type: ignore[attr-defined]
-        self.inner = iter(self.owner.dataset)
+        dataset: Any = self.owner.dataset
+        if is_stateful(dataset):
+            dataset.load_state_dict(state["source"])
+            self.inner = iter(dataset)
+        else:
+            self.inner.load_state_dict(state["source"])
 
 
 def is_stateful(obj: object) -> bool:

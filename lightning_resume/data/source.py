@@ -28,7 +28,7 @@ class Source(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None: ...
 
 
 class Permuted:
@@ -48,7 +48,7 @@ class Permuted:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
         pass
 
 
@@ -118,7 +118,8 @@ class Replayed:
     def state_dict(self) -> dict[str, Any]:
         return {"sampler": {str(epoch): state for epoch, state in self._previous_at_start.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
+        self.seed = seed
         self._previous_at_start = {int(epoch): dict(saved) for epoch, saved in state.get("sampler", {}).items()}
         self._epoch = None
 

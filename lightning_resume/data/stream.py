@@ -23,6 +23,7 @@ from lightning_resume.data.randomness import (
     KeyedIterable,
     RandomStream,
     StatefulKeyedIterator,
+    is_stateful,
     keyed_seed,
     worker_init,
 )
@@ -258,7 +259,8 @@ def keyed_engine_of(loader: DataLoader[Any], seed: int, *, stateful_dataloader: 
         generator=_seeded(keyed_seed("workers", seed)),
         _iterator=None,
     )
-    if stateful_dataloader:
+    # what keeps no state, StatefulDataLoader reads again, but counts twice (torchdata 0.11): the second resume is off
+    if stateful_dataloader and (not iterable or is_stateful(dataset) or is_stateful(iter(dataset))):
         return StatefulDataLoaderEngine(engine, keyed, epoch)
     assert isinstance(keyed, KeyedIterable)
     return WorkersEngine(engine, keyed, epoch) if loader.num_workers else LiveEngine(engine, keyed, epoch)
