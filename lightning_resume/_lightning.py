@@ -88,12 +88,14 @@ class Loops:
     def wrap(self, *, resume_start: Callable[..., None], **wrappers: Callable[..., None]) -> None:
         """Puts each wrapper in place of the method of its name; it is given the original as its first argument."""
         targets = {
+            "run": (self._fit, "run"),
             "setup_data": (self._fit, "setup_data"),
             "on_advance_start": (self._fit, "on_advance_start"),
             "on_epoch_advance_end": (self._fit, "on_advance_end"),
             "on_run_start": (self._epoch, "on_run_start"),
             "advance": (self._epoch, "advance"),
             "on_batch_advance_end": (self._epoch, "on_advance_end"),
+            "validate": (self._epoch.val_loop, "run"),
         }
         for name, wrapper in wrappers.items():
             owner, method = targets[name]
@@ -189,29 +191,88 @@ class Loops:
         self.trainer._logger_connector._callback_metrics.update(metrics)
 
     def epoch_metrics(self) -> dict[str, Any]:
-        """What ``self.log(on_epoch=True)`` has accumulated in this epoch."""
+        """What ``self.log(on_epoch=True)`` has accumulated in this epoch, and how it was called."""
         return {
-            key: {name: getattr(metric, name) for name in ("value", "cumulated_batch_size") if hasattr(metric, name)}
+            key: {
+                "meta": {name: getattr(metric.meta, name) for name in _PLAIN_META},
+                "reduce_fx": metric.meta.reduce_fx.__name__,
+                "sync": [metric.meta.sync.should, metric.meta.sync.rank_zero_only],
+                "state": {name: getattr(metric, name).clone() for name in _accumulated(metric)},
+                "forward": metric._forward_cache,
+            }
             for key, metric in self._epoch._results.items()
-            if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset
+            if metric.meta.on_epoch and not metric.has_reset
         }
 
     def set_epoch_metrics(self, saved: Mapping[str, Any]) -> None:
-        """Goes on accumulating from ``saved``; a metric does not exist before it is logged for the first time."""
-        results, pending = self._epoch._results, dict(saved)
-        stock = type(results).update_metrics
+        """Goes on accumulating from ``saved``, also where nothing is logged any more in this epoch."""
+        results = self._epoch._results
+        if self.batches_ready:  # else the next `self.log` would take its batch for the epoch's first, and start anew
+            self.trainer._logger_connector._first_loop_iter = self.batches_ready == 1
+        pending = {key: entry["state"] for key, entry in saved.items()}
+        for key, entry in saved.items():
+            results[key] = self._result_metric(entry)
+        stock_log, stock_update = type(results).log, type(results).update_metrics
+
+        def log(fx: str, name: str, *args: Any, **kwargs: Any) -> None:
+            # the next call makes the metric anew, with all that only the call knows, and then takes over the sum
+            key = f"{fx}.{name}"
+            if key in pending:
+                results.pop(key, None)
+            stock_log(results, fx, name, *args, **kwargs)
 
         def update(key: str, value: Any, batch_size: int) -> None:
             for name, accumulated in pending.pop(key, {}).items():
                 setattr(results[key], name, accumulated.to(value.device))
-            stock(results, key, value, batch_size)
+            stock_update(results, key, value, batch_size)
 
-        results.update_metrics = update
+        results.log, results.update_metrics = log, update
+
+    def end_epoch_metrics(self) -> None:
+        """Forgets what :meth:`set_epoch_metrics` left to go on from: it was of the epoch that has ended."""
+        vars(self._epoch._results).pop("log", None)
+        vars(self._epoch._results).pop("update_metrics", None)
+
+    def _result_metric(self, entry: Mapping[str, Any]) -> Any:
+        module = importlib.import_module(type(self._epoch._results).__module__)
+        meta = module._Metadata(**entry["meta"], reduce_fx=entry["reduce_fx"])
+        should, rank_zero_only = entry["sync"]
+        meta.sync = module._Sync(_should=should, fn=self.trainer.strategy.reduce, rank_zero_only=rank_zero_only)
+        by_object = meta.metric_attribute is not None
+        metric = module._ResultMetric(meta, not by_object)
+        metric.to(self.trainer.strategy.root_device)
+        if by_object:
+            metric.value = self.trainer.lightning_module.get_submodule(meta.metric_attribute)
+        for name, accumulated in entry["state"].items():
+            setattr(metric, name, accumulated.to(self.trainer.strategy.root_device))
+        metric._forward_cache = entry["forward"]
+        metric._update_count = 1  # else torchmetrics warns that nothing was accumulated
+        return metric
 
     # -- putting the loops where they were
 
     def load(self, saved: Mapping[str, Any]) -> None:
         self._fit.load_state_dict(dict(saved))
+
+    @staticmethod
+    def before_epoch(saved: dict[str, Any]) -> None:
+        """Takes back what the beginning of an epoch has changed in the loops' state ``saved``."""
+        for counts in saved["epoch_progress"].values():
+            counts["ready"] = counts["started"] = counts["processed"]
+
+    @contextlib.contextmanager
+    def past_max_steps(self) -> Iterator[Callable[[], None]]:
+        """Lets the loops run although the last step is done, for what follows it, until the yielded call."""
+        before = self._epoch.max_steps
+
+        def restore() -> None:
+            self._epoch.max_steps = before
+
+        self._epoch.max_steps = -1
+        try:
+            yield restore
+        finally:
+            restore()
 
     def complete_batch(self) -> None:
         self._epoch.batch_progress.increment_completed()
@@ -229,6 +290,11 @@ class Loops:
             loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
             if hasattr(loop, "reset_restart_stage"):
                 loop.reset_restart_stage()
+
+    @property
+    def first_epoch(self) -> bool:
+        """Whether the next epoch goes on with the iterator that ``setup_data`` made: Lightning makes no other."""
+        return int(self.trainer.current_epoch) == 0
 
     def restart_iteration(self) -> None:
         self.refresh_limits()
@@ -271,6 +337,24 @@ class Loops:
 
     def warn(self, message: str) -> None:
         rank_zero_warn(message)
+
+
+_PLAIN_META = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "dataloader_idx",
+    "metric_attribute",
+)
+
+
+def _accumulated(metric: Any) -> list[str]:
+    return [name for name in ("value", "cumulated_batch_size") if metric.is_tensor and hasattr(metric, name)]
 
 
 def _with_children(loop: Any) -> Iterator[Any]:

@@ -8,10 +8,11 @@ on resume puts the loops where they were instead of leaving it to Lightning's ow
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Cursor(str, enum.Enum):
     EPOCH = "epoch"
     """Between two epochs."""
 
+    @property
+    def in_batch(self) -> bool:
+        """Whether something of a batch is left to do."""
+        return self in (Cursor.BATCH_END, Cursor.VALIDATED)
+
 
 class Phase(enum.Enum):
     """What the training loop is doing."""
@@ -67,6 +73,8 @@ class Boundary:
     loaders: list[dict[str, Any]]
     batches: dict[str, Any]
     buffers: dict[str, torch.Tensor]
+    metrics: dict[str, Any]
+    epoch_metrics: dict[str, Any]
     steps: int
 
 
@@ -100,8 +108,11 @@ class TrainerBinding:
         self.checkpoints = TrainerCheckpoints(trainer, self._loops)
         self._phase = Phase.BETWEEN_EPOCHS
         self._boundary: Boundary | None = None
+        self._rng_before: rng.RngState | None = None
+        self._buffer_copies: dict[str, torch.Tensor] = {}
         self._resume: Resume | None = None
         self._skip_batch = False
+        self._restore_max_steps: Callable[[], None] = lambda: None
         self._stopped: tuple[Cursor, dict[str, Any]] | None = None
         self._attach()
 
@@ -114,12 +125,14 @@ class TrainerBinding:
         strategy.process_dataloader = self._process_dataloader
         self._loops.wrap(
             resume_start=self._resume_start,
+            run=self._run,
             setup_data=self._setup_data,
             on_advance_start=self._start_epoch,
             on_run_start=self._start_batches,
             advance=self._batch,
             on_batch_advance_end=self._end_batch,
             on_epoch_advance_end=self._end_epoch,
+            validate=self._validate,
         )
 
     # -- saving
@@ -141,15 +154,23 @@ class TrainerBinding:
             cursor, checkpoint["loops"]["fit_loop"] = self._stopped[0], copy.deepcopy(self._stopped[1])
         loaders = self._train_loaders()
         states = self._loader_states() if boundary is None else boundary.loaders
-        metrics = metrics_state(self.trainer.lightning_module)
+        if cursor is Cursor.EPOCH:
+            self._loops.before_epoch(checkpoint["loops"]["fit_loop"])
+        metrics = metrics_state(self.trainer.lightning_module) if boundary is None else boundary.metrics
         value = {
             "cursor": cursor.value,
             "exhausted": self._loops.exhausted(),
             "callback_metrics": dict(self.trainer.callback_metrics),
-            "epoch_metrics": self._loops.epoch_metrics(),
+            "epoch_metrics": self._loops.epoch_metrics() if boundary is None else boundary.epoch_metrics,
         }
+        if boundary is not None:
+            state = boundary.rng
+        elif cursor in (Cursor.BATCH_END, Cursor.EPOCH) and self._rng_before is not None:
+            state = self._rng_before
+        else:
+            state = rng.capture()
         return [
-            rng_component(rng.capture() if boundary is None else boundary.rng),
+            rng_component(state),
             *(loader_component(i, *pair) for i, pair in enumerate(zip(loaders, states, strict=True))),
             Component(name=_CURSOR, value=value, sharing=Sharing.REPLICATED, required=False),
             Component(name=_METRICS, value=metrics, sharing=Sharing.PER_RANK, required=False),
@@ -248,23 +269,34 @@ class TrainerBinding:
         ):  # parts of a sum: no other rank's will do
             metrics = self._resume.components.value(_METRICS, _distributed.rank())
             load_metrics_state(self.trainer.lightning_module, metrics)
-        if self._resume.cursor in (Cursor.BATCH_END, Cursor.VALIDATED):
+        if self._resume.cursor.in_batch:
             self._loops.complete_batch()
         if self._resume.cursor is Cursor.EPOCH_END:
             self._loops.finish_epoch()
 
+    def _run(self, stock: Callable[[], None]) -> None:
+        if self._resume is None or not self._resume.cursor.in_batch:
+            stock()
+            return
+        with self._loops.past_max_steps() as self._restore_max_steps:
+            stock()
+
     def _start_epoch(self, stock: Callable[[], None]) -> None:
         resume = self._resume
         if resume is None:
-            stock()
+            with self._done_again():
+                stock()
             return
         between_epochs = resume.cursor in (Cursor.EPOCH, Cursor.EPOCH_END)
         self._place_loaders(resume, between_epochs=between_epochs)
         if between_epochs:
             self._loops.forget_restart()
+            if self._loops.first_epoch:
+                self._loops.restart_iteration()
             restore_rng(resume.components)
             self._resume = None
-            stock()
+            with self._done_again():
+                stock()
         else:
             self._loops.restart_iteration()  # `stock` would begin an epoch that has begun already
 
@@ -286,7 +318,7 @@ class TrainerBinding:
             stock(fetcher)
         else:
             self._loops.load(resume.loops)
-            tail = resume.cursor in (Cursor.BATCH_END, Cursor.VALIDATED)
+            tail = resume.cursor.in_batch
             if tail:
                 self._loops.complete_batch()
             stock(fetcher)
@@ -296,6 +328,8 @@ class TrainerBinding:
             self._loops.set_epoch_metrics(resume.epoch_metrics)
         self._loops.refresh_limits()
         for loader in self._train_loaders():
+            if resume is not None and self._loops.epoch_is_over():
+                loader.leave_epoch()
             if isinstance(loader, StreamLoader):
                 loader.remember(self.trainer.accumulate_grad_batches + 1)
         self._stopped = None
@@ -310,19 +344,26 @@ class TrainerBinding:
             loaders=self._loader_states(),
             batches=self._loops.batch_progress(),
             buffers=self._buffers(),
+            metrics=metrics_state(self.trainer.lightning_module),
+            epoch_metrics=self._loops.epoch_metrics(),
             steps=self.trainer.global_step,
         )
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         """Copies of the buffers, such as BatchNorm's statistics, which every forward changes."""
-        if self.trainer.accumulate_grad_batches == 1:
-            return {}
         module: Module = self.trainer.lightning_module
-        return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        current = {name: buffer.detach() for name, buffer in module.named_buffers()}
+        copies = self._buffer_copies
+        if {n: (b.shape, b.dtype) for n, b in copies.items()} != {n: (b.shape, b.dtype) for n, b in current.items()}:
+            self._buffer_copies = {name: buffer.clone() for name, buffer in current.items()}
+        elif copies:
+            torch._foreach_copy_(list(copies.values()), list(current.values()))
+        return self._buffer_copies
 
     def _batch(self, stock: Callable[[Any], None], fetcher: Any) -> None:
         if self._skip_batch:
             self._skip_batch = False
+            self._restore_max_steps()
         else:
             self._phase = Phase.IN_BATCH
             stock(fetcher)
@@ -344,6 +385,7 @@ class TrainerBinding:
     def _end_epoch(self, stock: Callable[[], None]) -> None:
         self._phase = Phase.AFTER_EPOCH
         stock()
+        self._loops.end_epoch_metrics()
         self._phase = Phase.BETWEEN_EPOCHS
         self._on_epoch()
 
@@ -351,6 +393,19 @@ class TrainerBinding:
     def stopped(self) -> bool:
         """Whether training has just stopped in the middle of an epoch."""
         return self._stopped is not None
+
+    def _validate(self, stock: Callable[[], Any]) -> Any:
+        with self._done_again():
+            return stock()
+
+    @contextlib.contextmanager
+    def _done_again(self) -> Iterator[None]:
+        """Around what a run that resumes from a checkpoint taken inside will do again, from its start."""
+        self._rng_before = rng.capture()
+        try:
+            yield
+        finally:
+            self._rng_before = None
 
     def validated(self) -> None:
         """Notes that a validation within ``fit`` has run all its batches."""

@@ -28,7 +28,12 @@ def reseed(seed: int) -> None:
 
 
 def global_rng() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+    return (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.random.get_state()[2],
+        torch.get_rng_state().tolist(),
+    )
 
 
 class Noisy(Dataset[Any]):
@@ -244,9 +249,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "iterable dataset, drop last": lambda: DataLoader(Plain(), BATCH, drop_last=True),
     "iterable dataset, no batches": lambda: DataLoader(Plain(), batch_size=None),
     "iterable dataset, workers": lambda: DataLoader(Plain(), BATCH, num_workers=2),
-    "iterable dataset, persistent workers": lambda: DataLoader(
-        Plain(), BATCH, num_workers=2, persistent_workers=True
-    ),
+    "iterable dataset, persistent workers": lambda: DataLoader(Plain(), BATCH, num_workers=2, persistent_workers=True),
     "stateful iterable dataset": lambda: DataLoader(Stateful(), BATCH),
     "stateful iterable dataset, worker": lambda: DataLoader(Stateful(), BATCH, num_workers=1),
     "torchdata": lambda: StatefulDataLoader(Noisy(), BATCH, shuffle=True),

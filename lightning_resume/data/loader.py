@@ -40,16 +40,18 @@ class Resumable(abc.ABC):
     _stepped: int
     _watched = False
     _ended: bool
+    _left: bool
     _resumed: bool
     _iteration: object
 
     def __iter__(self) -> Iterator[Any]:
         # eager, so that where an iteration begins does not depend on when its first batch is asked for
-        if not self._resumed and (self._taken or self._at_end()) and not self._only_peeked():
+        used = self._taken > 0 or self._at_end() or self._left
+        if not self._resumed and used and not self._only_peeked():
             self._next_epoch()
         self._resumed = False
         self._taken = self._stepped = 0
-        self._ended = False
+        self._ended = self._left = False
         self._iteration = object()
         return self._run(self._iteration)
 
@@ -110,8 +112,12 @@ class Resumable(abc.ABC):
     def load_epoch_end(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict`` with the next epoch, whatever is left of the current one."""
         self.load_state_dict(state_dict)
-        if not state_dict["ended"]:
+        if not state_dict["ended"] and self._begun():
             self._next_epoch()
+
+    def leave_epoch(self) -> None:
+        """Says that nothing more will be taken of the open epoch: the next ``iter`` begins another."""
+        self._left = True
 
     def load_exhausted(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from the ``state_dict`` of an iterator that has ended but is still held: the next is empty."""
@@ -139,7 +145,7 @@ class Resumable(abc.ABC):
 
     def _begin_attributes(self) -> None:
         self._taken = self._stepped = 0
-        self._ended = self._resumed = False
+        self._ended = self._resumed = self._left = False
         self._iteration = object()
 
     def _handed_out(self) -> None:
@@ -153,6 +159,10 @@ class Resumable(abc.ABC):
     def _batches(self) -> Iterator[Any]: ...
     @abc.abstractmethod
     def _at_end(self) -> bool: ...
+    @abc.abstractmethod
+    def _begun(self) -> bool:
+        """Whether the loaded state is past the start of its epoch."""
+
     @abc.abstractmethod
     def _next_epoch(self) -> None: ...
     @abc.abstractmethod
@@ -233,6 +243,9 @@ class ElasticLoader(Resumable):
 
     def _at_end(self) -> bool:
         return self._start.batches > 0 and order.steps_left(self._start, **self._counts) == 0
+
+    def _begun(self) -> bool:
+        return self._start.batches > 0
 
     def _next_epoch(self) -> None:
         position = self._position(0)

@@ -160,6 +160,9 @@ class StreamLoader(Resumable):
     def _at_end(self) -> bool:
         return self._done
 
+    def _begun(self) -> bool:
+        return self._skip > 0
+
     def _next_epoch(self) -> None:
         if self._resumed and self._inner is not None and not self._ended_when_saved:
             with RandomStream("stream", self._seed, self._epoch)():
