@@ -275,11 +275,14 @@ class TrainerBinding:
             self._loops.finish_epoch()
 
     def _run(self, stock: Callable[[], None]) -> None:
-        if self._resume is None or not self._resume.cursor.in_batch:
+        if self._resume is not None and self._resume.cursor.in_batch:
+            with self._loops.past_max_steps() as self._restore_max_steps:
+                stock()
+        else:
             stock()
-            return
-        with self._loops.past_max_steps() as self._restore_max_steps:
-            stock()
+        if self._resume is not None:  # the run had ended, and there was nothing left to do
+            restore_rng(self._resume.components)
+            self._resume = None
 
     def _start_epoch(self, stock: Callable[[], None]) -> None:
         resume = self._resume

@@ -62,6 +62,7 @@ def locate(path: Path_) -> tuple[str, Kind]:
     return _distributed.on_rank_zero(f"looking at {os.fspath(path)!r}", look)
 
 
+@collect.quiet()
 def load_folder(
     path: Path_,
     state: MutableMapping[str, Any],
@@ -104,6 +105,7 @@ def load_folder(
     return Loaded(remainder=meta, components=components)
 
 
+@collect.quiet()
 def load_single_file(
     path: Path_,
     state: MutableMapping[str, Any],

@@ -21,6 +21,7 @@ Filter = Mapping[str, Callable[[str, Any], bool]]
 Path_ = str | os.PathLike[str]
 
 
+@collect.quiet()
 def save_folder(
     path: Path_,
     objects: Objects,
@@ -44,6 +45,7 @@ def save_folder(
     return save_state(path, tensors, meta, components, buffers=buffers, topology=topology, step=step, epoch=epoch)
 
 
+@collect.quiet()
 def save_state(
     path: Path_,
     tensors: dict[str, Any],

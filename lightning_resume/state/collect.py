@@ -55,7 +55,7 @@ def clean_name(name: str) -> str:
 def model_state(module: Module) -> StateDict:
     """The module's state by name: the live tensors, but for FSDP1; sharded where the module is."""
     if is_fsdp1(module):
-        with _quiet():
+        with quiet():
             return get_model_state_dict(module)
     return {clean_name(name): value for name, value in user_module(module).state_dict().items()}
 
@@ -63,7 +63,7 @@ def model_state(module: Module) -> StateDict:
 def load_model_state(module: Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Loads what :func:`model_state` returned, or a part of it with ``strict=False``."""
     if is_fsdp1(module):
-        with _quiet():
+        with quiet():
             set_model_state_dict(module, dict(state), options=StateDictOptions(strict=strict))
         return
     inner = user_module(module)
@@ -94,7 +94,7 @@ def load_buffers(module: Module, values: Mapping[str, Any]) -> None:
 def load_full_model_state(module: Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Loads whole tensors, equal on every rank, into a module that may be sharded."""
     if is_fsdp1(module) or has_dtensors(module):
-        with _quiet():
+        with quiet():
             options = StateDictOptions(full_state_dict=True, strict=strict)
             set_model_state_dict(module, {clean_name(k): v for k, v in state.items()}, options=options)
         return
@@ -302,8 +302,8 @@ def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # torch's get_model_state_dict itself calls what torch says is deprecated
+def quiet() -> Iterator[None]:
+    """Silences what torch says of FSDP1's ShardedTensors, which it makes itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*FSDP.state_dict_type.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*(ShardedTensor|_get_pg_default_device).*")
@@ -313,7 +313,7 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _fsdp1_sharded(module: Module) -> Iterator[None]:
     with (
-        _quiet(),
+        quiet(),
         FullyShardedDataParallel.state_dict_type(
             module,
             StateDictType.SHARDED_STATE_DICT,
@@ -328,7 +328,7 @@ def _fsdp1_sharded(module: Module) -> Iterator[None]:
 def _fsdp1_full(module: Module, *, rank0_only: bool) -> Iterator[None]:
     offload = module_device(module).type != "cpu"  # offloading what is on the CPU already fails (seen with torch 2.13)
     with (
-        _quiet(),
+        quiet(),
         FullyShardedDataParallel.state_dict_type(
             module,
             StateDictType.FULL_STATE_DICT,
