@@ -15,9 +15,6 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch.nn import Module
-
 from lightning_resume import _distributed, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
 from lightning_resume.checkpoint.components import SavedComponents
@@ -26,6 +23,7 @@ from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
 from lightning_resume.state import rng
+from lightning_resume.state.buffers import BufferCopies
 from lightning_resume.state.component import Component, Sharing
 from lightning_resume.state.metrics import load_metrics_state, metrics_state
 from lightning_resume.trainer_checkpoints import TrainerCheckpoints
@@ -72,7 +70,6 @@ class Boundary:
     rng: rng.RngState
     loaders: list[dict[str, Any]]
     batches: dict[str, Any]
-    buffers: dict[str, torch.Tensor]
     metrics: dict[str, Any]
     epoch_metrics: dict[str, Any]
     steps: int
@@ -109,7 +106,7 @@ class TrainerBinding:
         self._phase = Phase.BETWEEN_EPOCHS
         self._boundary: Boundary | None = None
         self._rng_before: rng.RngState | None = None
-        self._buffer_copies: dict[str, torch.Tensor] = {}
+        self._buffers = BufferCopies()
         self._resume: Resume | None = None
         self._skip_batch = False
         self._restore_max_steps: Callable[[], None] = lambda: None
@@ -194,7 +191,7 @@ class TrainerBinding:
         loops = checkpoint["loops"]["fit_loop"]
         again = self._loops.batches_ready - boundary.batches["current"]["ready"]
         loops["epoch_loop.batch_progress"] = copy.deepcopy(boundary.batches)
-        for name, buffer in boundary.buffers.items():
+        for name, buffer in self._buffers.of(self.trainer.lightning_module).items():
             if name in checkpoint["state_dict"]:
                 checkpoint["state_dict"][name] = buffer
         if again and self._loops.in_accumulation_window():
@@ -342,26 +339,15 @@ class TrainerBinding:
         self._mark()
 
     def _mark(self) -> None:
+        self._buffers.take([self.trainer.lightning_module])
         self._boundary = Boundary(
             rng=rng.capture(),
             loaders=self._loader_states(),
             batches=self._loops.batch_progress(),
-            buffers=self._buffers(),
             metrics=metrics_state(self.trainer.lightning_module),
             epoch_metrics=self._loops.epoch_metrics(),
             steps=self.trainer.global_step,
         )
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """Copies of the buffers, such as BatchNorm's statistics, which every forward changes."""
-        module: Module = self.trainer.lightning_module
-        current = {name: buffer.detach() for name, buffer in module.named_buffers()}
-        copies = self._buffer_copies
-        if {n: (b.shape, b.dtype) for n, b in copies.items()} != {n: (b.shape, b.dtype) for n, b in current.items()}:
-            self._buffer_copies = {name: buffer.clone() for name, buffer in current.items()}
-        elif copies:
-            torch._foreach_copy_(list(copies.values()), list(current.values()))
-        return self._buffer_copies
 
     def _batch(self, stock: Callable[[Any], None], fetcher: Any) -> None:
         if self._skip_batch:

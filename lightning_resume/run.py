@@ -7,11 +7,14 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from torch.nn import Module
+
 from lightning_resume import _distributed
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.data.loader import Resumable
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
+from lightning_resume.state.buffers import BufferCopies
 from lightning_resume.state.component import Component, Sharing
 
 RNG = "rng"
@@ -51,7 +54,9 @@ class Tracker:
     def __init__(self) -> None:
         self._loaders: list[weakref.ref[Resumable]] = []
         self._pending: dict[int, dict[str, Any]] = {}
-        self._rng_at_step: rng.RngState | None = None
+        self._modules: list[Module] = []
+        self._rng: rng.RngState | None = None
+        self._buffers = BufferCopies()
         self._backwards = 0
         self._watched = False
         self.steps = 0
@@ -61,11 +66,25 @@ class Tracker:
         """Those that are still in use, in the order in which they were set up."""
         return [loader for ref in self._loaders if (loader := ref()) is not None]
 
+    def add_module(self, module: Module) -> None:
+        if not any(module is known for known in self._modules):
+            self._modules.append(module)
+
+    @property
+    def modules(self) -> list[Module]:
+        """All that were set up."""
+        return self._modules
+
+    def buffers_to_go_back_to(self, module: Module) -> dict[str, Any]:
+        """The buffers as they were before the batches that :meth:`components` leaves out; none where it leaves none."""
+        behind = any(self._behind(loader) for loader in self.loaders)
+        return self._buffers.of(module) if behind and self._backwards else {}
+
     def add_loader(self, loader: Resumable) -> None:
         index = len(self.loaders)
         self._loaders = [ref for ref in self._loaders if ref() is not None] + [weakref.ref(loader)]
         if self._watched:
-            loader.watch_steps()
+            loader.watch_steps(self._remember)
         if index in self._pending:
             loader.load_state_dict(self._pending.pop(index))
 
@@ -73,7 +92,7 @@ class Tracker:
         """From now on a batch counts as consumed when an optimizer has stepped on it."""
         self._watched = True
         for loader in self.loaders:
-            loader.watch_steps()
+            loader.watch_steps(self._remember)
         # a step through Fabric calls `stepped` too; this also sees steps on the optimizer itself
         optimizer.register_step_post_hook(lambda *_: self.stepped())
 
@@ -85,7 +104,13 @@ class Tracker:
         self._backwards = 0
         for loader in self.loaders:
             loader.mark_stepped()
-        self._rng_at_step = rng.capture()
+        self._rng = None
+
+    def _remember(self) -> None:
+        """Keeps what a checkpoint goes back to when it is taken before the next step."""
+        if self._rng is None:
+            self._rng = rng.capture()
+            self._buffers.take(self._modules)
 
     def loader_states(self) -> list[dict[str, Any]]:
         return [loader.state_dict(self._behind(loader)) for loader in self.loaders]
@@ -101,7 +126,7 @@ class Tracker:
                 " Save right after `optimizer.step()` to avoid the repeated work.",
                 stacklevel=2,
             )
-        state = self._rng_at_step if behind and self._rng_at_step is not None else rng.capture()
+        state = self._rng if behind and self._rng is not None else rng.capture()
         loaders = [loader_component(i, *pair) for i, pair in enumerate(zip(self.loaders, states, strict=True))]
         return [rng_component(state), *loaders]
 
@@ -128,6 +153,7 @@ class Tracker:
                 self._pending[index] = saved
         restore_rng(components)
         self._backwards = 0
+        self._rng = None
 
 
 def _count(components: SavedComponents) -> int:

@@ -29,6 +29,7 @@ def save_folder(
     *,
     topology: Mapping[str, Any],
     filter: Filter | None = None,
+    earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
     step: int | None = None,
     epoch: int | None = None,
 ) -> Manifest:
@@ -37,7 +38,7 @@ def save_folder(
     tensors: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
     for key, module in objects.modules.items():
-        tensors[key] = _filtered(key, collect.model_state(module), filter)
+        tensors[key] = _filtered(key, _with(collect.model_state(module), key, earlier_buffers), filter)
         buffers[key] = collect.buffers_of(module, tensors[key])
     for key, optimizer in objects.optimizers.items():
         tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
@@ -80,6 +81,7 @@ def save_file(
     components: Sequence[Component],
     *,
     filter: Filter | None = None,
+    earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
     write: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Saves one file, in the layout of stock Lightning, with the components under one more key.
@@ -95,8 +97,8 @@ def save_file(
     content: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
     for key, module in objects.modules.items():
-        content[key] = _filtered(key, collect.full_model_state(module), filter)
-        buffers[key] = collect.buffers_of(module, collect.model_state(module))
+        content[key] = _filtered(key, _with(collect.full_model_state(module), key, earlier_buffers), filter)
+        buffers[key] = collect.buffers_of(module, _with(collect.model_state(module), key, earlier_buffers))
     for key, optimizer in objects.optimizers.items():
         content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
     meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
@@ -123,6 +125,11 @@ def with_own_values(
     own = [Component(name=n, value=v, sharing=Sharing.REPLICATED, required=False) for n, v in values.items()]
     settled = settle([*components, *own])
     return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in values]
+
+
+def _with(state: dict[str, Any], key: str, buffers: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """``state`` with what ``buffers`` has of it."""
+    return state | {name: value for name, value in (buffers or {}).get(key, {}).items() if name in state}
 
 
 def _filtered(key: str, state: Any, filter: Filter) -> Any:

@@ -59,7 +59,6 @@ class ResumeMixin:
         elif not hasattr(self, "_save_distributed_checkpoint"):  # ModelParallelStrategy takes it itself
             self._save_distributed_checkpoint = True
         self._tracker = Tracker()
-        self._modules: list[Module] = []
 
     def process_dataloader(self, dataloader: Any) -> Any:
         loader = super().process_dataloader(dataloader)  # type: ignore[misc]
@@ -84,8 +83,8 @@ class ResumeMixin:
         return optimizer
 
     def _remember(self, module: Module | None, optimizers: list[Optimizer]) -> None:
-        if module is not None and not any(module is known for known in self._modules):
-            self._modules.append(module)
+        if module is not None:
+            self._tracker.add_module(module)
         for optimizer in optimizers:
             if not getattr(optimizer, "_lightning_resume_watched", False):
                 optimizer._lightning_resume_watched = True  # type: ignore[attr-defined]
@@ -110,7 +109,8 @@ class ResumeMixin:
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
         components = self._tracker.components()
-        objects = Objects.of(self._with_loader_states(state), more_modules=self._modules)
+        objects = Objects.of(self._with_loader_states(state), more_modules=self._tracker.modules)
+        earlier = {key: self._tracker.buffers_to_go_back_to(module) for key, module in objects.modules.items()}
         if self._save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError(
@@ -118,10 +118,11 @@ class ResumeMixin:
                     " effect. Leave it out, or save one file with `save_distributed_checkpoint=False`."
                 )
             topology = saving.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
-            saving.save_folder(path, objects, components, filter=filter, topology=topology, step=self._tracker.steps)
+            about = {"topology": topology, "step": self._tracker.steps}
+            saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **about)
         else:
             write = self._user_io(path, storage_options)
-            saving.save_file(path, objects, components, filter=filter, write=write)
+            saving.save_file(path, objects, components, filter=filter, earlier_buffers=earlier, write=write)
 
     def _with_loader_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` with the loaders that we follow replaced by their positions, as stock Lightning would save them."""
@@ -146,7 +147,7 @@ class ResumeMixin:
         found, kind = loading.locate(path)
         trust = weights_only is False
         if isinstance(state, (Module, Optimizer)):
-            loading.load_raw(found, kind, state, more_modules=self._modules, strict=strict, trust=trust)
+            loading.load_raw(found, kind, state, more_modules=self._tracker.modules, strict=strict, trust=trust)
             return {}
         state = {} if state is None else state
         followed = {key for key, value in state.items() if any(value is loader for loader in self._tracker.loaders)}
@@ -158,7 +159,7 @@ class ResumeMixin:
                 self._tracker.check(components, strict=strict)
 
         load = loading.load_single_file if kind is Kind.SINGLE_FILE else loading.load_folder
-        objects = Objects.of(asked, more_modules=self._modules)
+        objects = Objects.of(asked, more_modules=self._tracker.modules)
         loaded = load(found, asked, objects, strict=strict, trust=trust, check=check, content_if_empty=not state)
         state.update(asked)
         for key in followed:

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -39,6 +39,7 @@ class Resumable(abc.ABC):
     """Batches handed out by the open iteration."""
     _stepped: int
     _watched = False
+    _before_pending: Callable[[], None] | None = None
     _ended: bool
     _left: bool
     _resumed: bool
@@ -56,7 +57,14 @@ class Resumable(abc.ABC):
         return self._run(self._iteration)
 
     def _run(self, iteration: object) -> Iterator[Any]:
-        for batch in self._batches():
+        batches = self._batches()
+        while True:
+            if self._before_pending is not None and self._taken == self._stepped and torch.is_grad_enabled():
+                self._before_pending()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
             if iteration is not self._iteration:
                 raise RuntimeError(
                     "This iterator is no longer the loader's position: `iter(loader)` or `load_state_dict` was called"
@@ -78,9 +86,12 @@ class Resumable(abc.ABC):
         """Notes that the optimizer has stepped on all batches handed out so far."""
         self._stepped = self._taken
 
-    def watch_steps(self) -> None:
-        """Says that :meth:`mark_stepped` will be called for every optimizer step."""
-        self._watched = True
+    def watch_steps(self, before_pending: Callable[[], None]) -> None:
+        """Says that :meth:`mark_stepped` will be called for every optimizer step.
+
+        ``before_pending`` is called before the first batch is fetched that no step has followed yet.
+        """
+        self._watched, self._before_pending = True, before_pending
 
     def _only_peeked(self) -> bool:
         """Whether batches were looked at (``next(iter(loader))``) but none was used: the iteration did not count."""

@@ -1,0 +1,40 @@
+"""Copies of modules' buffers, such as BatchNorm's statistics: every forward changes them, also of batches that no
+optimizer step has followed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from lightning_resume.state.collect import clean_name, user_module
+
+
+class BufferCopies:
+    """The buffers of some modules at one moment; the copies' memory is used again."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, str], torch.Tensor] = {}
+
+    def take(self, modules: Iterable[Module]) -> None:
+        """Copies the buffers as they are now."""
+        current = {
+            (id(module), clean_name(name)): buffer.detach()
+            for module in modules
+            for name, buffer in user_module(module).named_buffers()
+        }
+        if _layout(current) != _layout(self._copies):
+            self._copies = {key: buffer.clone() for key, buffer in current.items()}
+        elif current:
+            torch._foreach_copy_(list(self._copies.values()), list(current.values()))
+
+    def of(self, module: Module) -> dict[str, torch.Tensor]:
+        """The copies of ``module``'s buffers by name."""
+        return {name: copy for (owner, name), copy in self._copies.items() if owner == id(module)}
+
+
+def _layout(buffers: dict[tuple[int, str], torch.Tensor]) -> dict[Any, Any]:
+    return {key: (buffer.shape, buffer.dtype, buffer.device) for key, buffer in buffers.items()}
