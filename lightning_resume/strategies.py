@@ -118,7 +118,7 @@ class ResumeMixin:
                     " effect. Leave it out, or save one file with `save_distributed_checkpoint=False`."
                 )
             topology = saving.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
-            about = {"topology": topology, "step": self._tracker.steps}
+            about: dict[str, Any] = {"topology": topology, "step": self._tracker.steps}
             saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **about)
         else:
             write = self._user_io(path, storage_options)
