@@ -110,7 +110,7 @@ class TrainerBinding:
         self._resume: Resume | None = None
         self._skip_batch = False
         self._restore_max_steps: Callable[[], None] = lambda: None
-        self._stopped: tuple[Cursor, dict[str, Any]] | None = None
+        self._stopped: dict[str, Any] | None = None
         self._attach()
 
     # -- what is taken over
@@ -148,7 +148,8 @@ class TrainerBinding:
         if boundary is not None:
             self._go_back(checkpoint, boundary)
         elif self._stopped is not None:
-            cursor, checkpoint["loops"]["fit_loop"] = self._stopped[0], copy.deepcopy(self._stopped[1])
+            cursor, boundary = Cursor.STEP, self._boundary
+            checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._stopped)
         loaders = self._train_loaders()
         states = self._loader_states() if boundary is None else boundary.loaders
         if cursor is Cursor.EPOCH:
@@ -368,7 +369,7 @@ class TrainerBinding:
             return
         if self._loops.stops():
             # the end of the epoch follows, although the epoch has not ended: a longer run would go on from here
-            self._stopped = (Cursor.STEP, copy.deepcopy(self.trainer.fit_loop.state_dict()))
+            self._stopped = copy.deepcopy(self.trainer.fit_loop.state_dict())
         self._on_step()
 
     def _end_epoch(self, stock: Callable[[], None]) -> None:
