@@ -39,6 +39,7 @@ __all__ = [
     "Loops",
     "ModelParallelStrategy",
     "SingleDeviceStrategy",
+    "changes_checkpoints",
     "fit_argument",
     "is_fitting",
     "is_sharded",
@@ -61,6 +62,11 @@ def is_sharded(strategy: Any) -> bool:
 
 def is_fitting(trainer: Any) -> bool:
     return trainer.state.fn is not None and trainer.state.fn.value == "fit"
+
+
+def changes_checkpoints(module: Any) -> bool:
+    """Whether a LightningModule overrides ``on_load_checkpoint``, which may change what is loaded."""
+    return not module.on_load_checkpoint.__func__.__qualname__.startswith("CheckpointHooks.")
 
 
 def fit_argument(trainer: Any, name: str, value: Any) -> Any:

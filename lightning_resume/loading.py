@@ -127,7 +127,11 @@ def load_single_file(
         _check_keys(state, content, strict=strict)
         for key, module in objects.modules.items():
             if key in content:
-                _check_names(key, collect.model_state(module), content[key], strict=strict)
+                check_model(key, module, content[key], strict=strict)
+        for key, optimizer in objects.optimizers.items():
+            if key in content:
+                groups = [list(group["params"]) for group in content[key]["param_groups"]]
+                collect.check_optimizer(key, optimizer, groups, objects.owners)
 
     _distributed.agree(f"checking {os.fspath(path)!r} against the state given", examine)
     _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
@@ -201,6 +205,13 @@ def _check_keys(state: Mapping[str, Any], saved: Iterable[str], *, strict: bool)
 
 def _check_model(reader: CheckpointReader, key: str, module: Module, *, strict: bool) -> None:
     saved = {path[1]: reader.keys[flat] for flat, path in reader.mappings.items() if path[0] == key and len(path) > 1}
+    _check_names(key, collect.model_state(module), saved, strict=strict)
+
+
+def check_model(key: str, module: Module, saved: Mapping[Any, Any], *, strict: bool) -> None:
+    """Raises :class:`CheckpointMismatchError` when ``saved`` is the state of another model; changes nothing."""
+    if any(child._load_state_dict_pre_hooks for child in module.modules()):
+        return  # such hooks rename what is loaded: only loading shows whether it fits
     _check_names(key, collect.model_state(module), saved, strict=strict)
 
 

@@ -12,6 +12,7 @@ from lightning_resume.checkpoint.components import FILE_KEY, entries, settle, to
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.writer import write_checkpoint
+from lightning_resume.errors import CheckpointSaveError
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, USER, Component, Sharing
 from lightning_resume.state.objects import Objects, to_saved
@@ -110,10 +111,20 @@ def save_file(
 def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Writes rank 0's ``content`` as one file; every rank learns of an error."""
     path = _distributed.broadcast_object(os.fspath(path))
-    if write is None:
-        _distributed.on_rank_zero(f"saving {path}", lambda: commit_file(path, lambda file: torch_save(content, file)))
-    else:
-        _distributed.on_rank_zero(f"saving {path}", lambda: write(content))
+
+    def save() -> None:
+        try:
+            if write is None:
+                commit_file(path, lambda file: torch_save(content, file))
+            else:
+                write(content)
+        except OSError as error:
+            raise CheckpointSaveError(
+                f"The checkpoint {path} could not be saved ({type(error).__name__}: {error}); what was there before is"
+                " still there. Make room, or choose a folder that can be written to."
+            ) from error
+
+    _distributed.on_rank_zero(f"saving {path}", save)
 
 
 def with_own_values(

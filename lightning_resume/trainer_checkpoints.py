@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_resume import _distributed, loading, saving
-from lightning_resume._lightning import Loops, is_fitting, is_sharded
+from lightning_resume._lightning import Loops, changes_checkpoints, is_fitting, is_sharded
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
 from lightning_resume.checkpoint.layout import Kind
@@ -157,6 +157,9 @@ class TrainerCheckpoints:
 
     def _with_own_buffers(self, loaded: loading.Loaded, key: str) -> loading.Loaded:
         """Lightning loads the weights itself, so this rank's own buffers go where it will find them."""
+        module = self.trainer.lightning_module
+        if not changes_checkpoints(module):  # else what is loaded is what the user makes of it
+            loading.check_model("state_dict", module, loaded.remainder["state_dict"], strict=module.strict_loading)
         loaded.remainder["state_dict"] |= loading.own_buffers(loaded.components, key)
         return loaded
 

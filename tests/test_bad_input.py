@@ -23,7 +23,6 @@ from lightning_resume import (
     ResumeCallback,
     make_resumable,
 )
-from lightning_resume.data.sampler import ElasticSampler
 from tests.runs import Augmented
 from tests.toy_data import BATCH, reseed
 from tests.toy_fabric import Toy, assert_equal, fabric, network, position, unchanged
@@ -131,7 +130,10 @@ def renamed() -> nn.Module:
 
 MODELS: dict[str, tuple[Any, str]] = {
     "names": (renamed, r"model 'model': parameter names(.|\n)*saved: .*3\.bias(.|\n)*current: .*2\.bias(.|\n)*strict"),
-    "shape": (Bigger, r"model 'model': the shape of '3\.(weight|bias)'(.|\n)*saved: .*1(.|\n)*current: .*2(.|\n)*Build"),
+    "shape": (
+        Bigger,
+        r"model 'model': the shape of '3\.(weight|bias)'(.|\n)*saved: .*1(.|\n)*current: .*2(.|\n)*Build",
+    ),
 }
 
 
@@ -166,7 +168,10 @@ def test_fabric_rejects_keys_that_were_not_saved(form: str, tmp_path: Path) -> N
     saved(tmp_path / "c", form)
     other = Toy(fabric("single", form), 2)
     other.state["teacher"] = other.fabric.setup_module(network())
-    with unchanged(other), pytest.raises(CheckpointMismatchError, match=r"keys(.|\n)*'counter'(.|\n)*'teacher'(.|\n)*strict"):
+    with (
+        unchanged(other),
+        pytest.raises(CheckpointMismatchError, match=r"keys(.|\n)*'counter'(.|\n)*'teacher'(.|\n)*strict"),
+    ):
         other.fabric.load(tmp_path / "c", other.state)
 
 
@@ -251,10 +256,11 @@ def test_another_optimizers_param_groups_are_rejected(form: str, tmp_path: Path)
     one, *rest = other.model.parameters()
     groups = torch.optim.Adam([{"params": [one]}, {"params": rest}])
     other.optimizer = other.state["optimizer"] = other.fabric.setup_optimizers(groups)
+    before = [p.detach().clone() for p in other.model.parameters()]
     with pytest.raises(
-        CheckpointMismatchError, match=r"optimizer 'optimizer': param_groups(.|\n)*saved: +1 gr(.|\n)*current: +2(.|\n)*Create"
+        CheckpointMismatchError,
+        match=r"optimizer 'optimizer': param_groups(.|\n)*saved: +1 gr(.|\n)*current: +2(.|\n)*Create",
     ):
-        before = [p.detach().clone() for p in other.model.parameters()]
         other.fabric.load(tmp_path / "c", other.state)
     assert_equal(list(other.model.parameters()), before)
     assert other.state["step"] == 0

@@ -46,7 +46,6 @@ def test_all_of_state_comes_back_on_every_rank(name: str, ranks: Zygote, tmp_pat
     launch(ranks, check_state_comes_back, tmp_path, name=name)
 
 
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_filter_keeps_what_it_says_and_the_rest_loads_without_strict(form: str, tmp_path: Path) -> None:
     run = saved(tmp_path / "c", form, filter={"model": lambda name, _: name.startswith("0.")})
@@ -193,8 +192,10 @@ def test_an_optimizer_over_two_modules_comes_back(form: str, tmp_path: Path) -> 
     again.load(tmp_path / "c", other)
     train(made, state)
     train(again, other)
-    assert_equal([*other["one"].parameters(), *other["two"].parameters()],
-                 [*state["one"].parameters(), *state["two"].parameters()])
+    assert_equal(
+        [*other["one"].parameters(), *other["two"].parameters()],
+        [*state["one"].parameters(), *state["two"].parameters()],
+    )
 
 
 class Partly(nn.Sequential):

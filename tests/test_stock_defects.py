@@ -21,8 +21,8 @@ from lightning_resume import CheckpointSaveError, ResumeCallback, UnsafeCheckpoi
 from tests.harness import Zygote, zygote
 from tests.runs import CPUFSDPStrategy, shard
 from tests.toy_data import BATCH, Noisy, Stateful, reseed
-from tests.toy_fabric import Toy, assert_equal, fabric, launch, network
-from tests.toy_trainer import Journal, Killed, Net, Points, Quiet, Saver, assert_same, every_step, files, fit, trainer
+from tests.toy_fabric import Toy, assert_equal, fabric, launch
+from tests.toy_trainer import Journal, Killed, Points, Quiet, Saver, assert_same, every_step, files, fit, trainer
 
 BATCHES = 4  # of one epoch of 14 samples
 
@@ -117,7 +117,9 @@ class Floats(Stateful):
 def test_random_numbers_go_on(kill: int, tmp_path: Path) -> None:
     whole = fit(tmp_path, module=Quiet, callbacks=[Saver(tmp_path / "files", "on_train_batch_end")])
     path = files(tmp_path / "files")[kill - 1]
-    assert_same(fit(tmp_path, module=Quiet, seed=2, ckpt_path=path), whole, kill)  # dropout, noise and draws of the journal
+    assert_same(
+        fit(tmp_path, module=Quiet, seed=2, ckpt_path=path), whole, kill
+    )  # dropout, noise and draws of the journal
 
 
 @pytest.mark.filterwarnings("ignore:This checkpoint is saved inside a gradient accumulation window")
@@ -404,7 +406,12 @@ def check_model_checkpoint(folder: Path, *, name: str) -> None:
         reseed(seed)
         module = Plain(name)
         journal = Journal()
-        callbacks = [journal, Samples(kill), every_step(folder, save_last=True), ResumeCallback(folder / "run", resume="never")]
+        callbacks = [
+            journal,
+            Samples(kill),
+            every_step(folder, save_last=True),
+            ResumeCallback(folder / "run", resume="never"),
+        ]
         made = sharded_trainer(folder, name, callbacks, max_epochs=2)
         with contextlib.suppress(Killed):
             made.fit(module, **arguments)

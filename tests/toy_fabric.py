@@ -152,7 +152,10 @@ class Toy:
 
     def others(self) -> dict[str, Any]:
         state = {key: self.state[key] for key in ("step", "own")}
-        generators = {"torch": self.state["torch"].get_state().tolist(), "numpy": self.state["numpy"].bit_generator.state}
+        generators = {
+            "torch": self.state["torch"].get_state().tolist(),
+            "numpy": self.state["numpy"].bit_generator.state,
+        }
         return {**state, **generators, "counter": self.counter.value, "scheduler": self.scheduler.state_dict()}
 
 
