@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,28 +45,54 @@ def all_gather_object(obj: T) -> list[T]:
 
 
 class RemoteError(ResumeError, RuntimeError):
-    """Stands for the exceptions of other ranks; its text names each rank and error."""
+    """Stands for errors of other ranks; its text names each rank and error."""
 
 
 def agree(what: str, act: Callable[[], T]) -> T:
     """Runs ``act`` on every rank and raises on every rank when it raised on any.
 
-    Must be called on all ranks. A rank on which ``act`` succeeded raises :class:`RemoteError`; a rank on which it
-    failed raises its own error. So no rank goes on, or waits in a collective, after another one has failed.
+    Must be called on all ranks. A rank on which it failed raises its own error; the others raise the same error, from a
+    :class:`RemoteError`, or that one where the error cannot be sent. So no rank goes on, or waits in a collective,
+    after another one has failed, and the caller can catch the same error everywhere.
     """
     result: T | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
     try:
         result = act()
     except Exception as caught:
         error = caught
-    told = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    told = all_gather_object(None if error is None else _Failure.of(error))
     if error is not None:
         raise error
-    failed = {r: text for r, text in enumerate(told) if text is not None}
+    failed = {r: failure for r, failure in enumerate(told) if failure is not None}
     if failed:
-        raise RemoteError(f"{what} failed on " + "; ".join(f"rank {r}: {text}" for r, text in failed.items()))
+        texts = "; ".join(f"rank {r}: {failure.text}" for r, failure in failed.items())
+        remote = RemoteError(f"{what} failed on {texts}")
+        same = next(iter(failed.values())).error()
+        if same is None:
+            raise remote
+        raise same from remote
     return result  # type: ignore[return-value]
+
+
+class _Failure(NamedTuple):
+    """An error on its way to the other ranks."""
+
+    text: str
+    pickled: bytes | None
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        text = f"{type(error).__name__}: {error}"
+        try:
+            pickled = pickle.dumps(error)
+            pickle.loads(pickled)
+        except Exception:  # an exception class of anybody's may fail to come back in any way
+            return cls(text, None)
+        return cls(text, pickled)
+
+    def error(self) -> Exception | None:
+        return None if self.pickled is None else pickle.loads(self.pickled)
 
 
 def on_rank_zero(what: str, act: Callable[[], T]) -> T:

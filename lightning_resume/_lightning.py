@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import SequentialSampler
+
 if TYPE_CHECKING:
     from lightning.fabric.strategies import (
         DDPStrategy,
@@ -39,7 +41,6 @@ __all__ = [
     "Loops",
     "ModelParallelStrategy",
     "SingleDeviceStrategy",
-    "changes_checkpoints",
     "fit_argument",
     "is_fitting",
     "is_sharded",
@@ -62,11 +63,6 @@ def is_sharded(strategy: Any) -> bool:
 
 def is_fitting(trainer: Any) -> bool:
     return trainer.state.fn is not None and trainer.state.fn.value == "fit"
-
-
-def changes_checkpoints(module: Any) -> bool:
-    """Whether a LightningModule overrides ``on_load_checkpoint``, which may change what is loaded."""
-    return not module.on_load_checkpoint.__func__.__qualname__.startswith("CheckpointHooks.")
 
 
 def fit_argument(trainer: Any, name: str, value: Any) -> Any:
@@ -106,6 +102,8 @@ class Loops:
         for name, wrapper in wrappers.items():
             owner, method = targets[name]
             setattr(owner, method, partial(wrapper, getattr(owner, method)))
+        data = self.trainer._data_connector
+        data._prepare_dataloader = partial(_prepare_as_asked, data._prepare_dataloader)
         connector = self.trainer._checkpoint_connector
         connector.resume_start = partial(resume_start, connector.resume_start)
 
@@ -361,6 +359,12 @@ _PLAIN_META = (
 
 def _accumulated(metric: Any) -> list[str]:
     return [name for name in ("value", "cumulated_batch_size") if metric.is_tensor and hasattr(metric, name)]
+
+
+def _prepare_as_asked(stock: Callable[..., Any], dataloader: Any, shuffle: bool, mode: Any = None) -> Any:
+    """Stock Lightning shuffles every train dataloader that it distributes, also those that were not to be shuffled."""
+    sequential = type(getattr(dataloader, "sampler", None)) is SequentialSampler
+    return stock(dataloader, shuffle=shuffle and not sequential, mode=mode)
 
 
 def _with_children(loop: Any) -> Iterator[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class ResumeError(Exception):
     """Base class of every error that lightning-resume raises for its users."""
@@ -42,12 +45,18 @@ class CheckpointMismatchError(ResumeError, ValueError):
 
     def __init__(self, component: str, field: str, *, saved: object, current: object, advice: str) -> None:
         self.component, self.field, self.saved, self.current = component, field, saved, current
+        self._advice = advice
         super().__init__(
             f"The checkpoint does not fit the current {component}: {field} differs.\n"
             f"  saved:   {saved}\n"
             f"  current: {current}\n"
             f"{advice}"
         )
+
+    def __reduce__(self) -> Any:
+        # sent between ranks, so that all of them raise it
+        values = {"saved": str(self.saved), "current": str(self.current), "advice": self._advice}
+        return partial(type(self), self.component, self.field, **values), ()
 
 
 class UnsafeCheckpointError(ResumeError, ValueError):

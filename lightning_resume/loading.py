@@ -152,6 +152,8 @@ def load_raw(
     """Loads one module or optimizer: from a file that holds just its state dict, or out of a checkpoint."""
     if kind is Kind.SINGLE_FILE:
         content = read_file(path, trust=trust)
+        if FILE_KEY in content:
+            content = _only_one_like(obj, content)
         if isinstance(obj, Module):
             _check_names("", collect.model_state(obj), content, strict=strict)
             collect.load_full_model_state(obj, content, strict=strict)
@@ -163,15 +165,32 @@ def load_raw(
     optimizers = {str(keypath[0]) for keypath in reader.mappings.values() if "param_groups" in keypath[1:2]}
     fitting = [top for top in tops if (top in optimizers) == isinstance(obj, Optimizer)]
     if len(fitting) != 1:
-        raise CheckpointMismatchError(
-            "object",
-            "key",
-            saved=fitting or tops,
-            current=type(obj).__name__,
-            advice="`load_raw` needs a checkpoint with one such object. Use `fabric.load(path, {key: object})`.",
-        )
+        raise _not_one_object(obj, fitting or tops)
     state: dict[str, Any] = {fitting[0]: obj}
     load_folder(path, state, Objects.of(state, more_modules=more_modules), strict=strict, trust=trust)
+
+
+def _only_one_like(obj: Module | Optimizer, content: Mapping[str, Any]) -> Any:
+    """The one state dict in a checkpoint's ``content`` that can be ``obj``'s."""
+    dicts = {key: value for key, value in content.items() if key != FILE_KEY and isinstance(value, Mapping)}
+    optimizers = {key for key, value in dicts.items() if "param_groups" in value}
+    fitting = [key for key in dicts if (key in optimizers) == isinstance(obj, Optimizer)]
+    if isinstance(obj, Module):
+        names = set(collect.model_state(obj))
+        fitting = [key for key in fitting if names & {collect.clean_name(str(name)) for name in dicts[key]}]
+    if len(fitting) != 1:
+        raise _not_one_object(obj, fitting or list(dicts))
+    return dicts[fitting[0]]
+
+
+def _not_one_object(obj: object, found: list[str]) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        "object",
+        "key",
+        saved=found,
+        current=type(obj).__name__,
+        advice="`load_raw` needs a checkpoint with one such object. Use `fabric.load(path, {key: object})`.",
+    )
 
 
 def read_file(path: Path_, *, trust: bool) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_resume import _distributed, loading, saving
-from lightning_resume._lightning import Loops, changes_checkpoints, is_fitting, is_sharded
+from lightning_resume._lightning import Loops, is_fitting, is_sharded
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
 from lightning_resume.checkpoint.layout import Kind
@@ -31,6 +31,8 @@ class TrainerCheckpoints:
         if is_sharded(strategy):
             strategy.optimizer_state = self._optimizer_state
         else:
+            self._stock_load_model = strategy.load_model_state_dict
+            strategy.load_model_state_dict = self._load_model
             strategy.load_optimizer_state_dict = self._load_optimizers
 
     @contextlib.contextmanager
@@ -157,11 +159,13 @@ class TrainerCheckpoints:
 
     def _with_own_buffers(self, loaded: loading.Loaded, key: str) -> loading.Loaded:
         """Lightning loads the weights itself, so this rank's own buffers go where it will find them."""
-        module = self.trainer.lightning_module
-        if not changes_checkpoints(module):  # else what is loaded is what the user makes of it
-            loading.check_model("state_dict", module, loaded.remainder["state_dict"], strict=module.strict_loading)
         loaded.remainder["state_dict"] |= loading.own_buffers(loaded.components, key)
         return loaded
+
+    def _load_model(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Refuses the state of another model, which stock Lightning would load in part; after the user's hooks."""
+        loading.check_model("state_dict", self.trainer.lightning_module, checkpoint["state_dict"], strict=strict)
+        self._stock_load_model(checkpoint, strict=strict)
 
     def _load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads optimizer states that are keyed by name; others as stock Lightning does."""

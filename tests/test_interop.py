@@ -162,7 +162,7 @@ def test_our_callback_reads_a_stock_file_and_warns_of_what_is_missing(tmp_path: 
     start = Start()
     run = [Samples(), start, ResumeCallback(tmp_path / "run")]
     resumed = trainer(tmp_path, run)
-    with pytest.warns(UserWarning, match=FOREIGN), warnings.catch_warnings():
+    with pytest.warns(UserWarning, match=FOREIGN), warnings.catch_warnings():  # noqa: PT031  # what stock Lightning says beside it
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")

@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointException",
     "StorageInfo",
     "flatten",
+    "flatten_state_dict",
     "is_distributed_tensor",
     "load_metadata",
     "local_target",

@@ -18,6 +18,7 @@ from lightning_resume.checkpoint._dcp import (
     ObjectPath,
     StorageInfo,
     flatten,
+    flatten_state_dict,
     is_distributed_tensor,
     local_target,
     set_element,
@@ -110,7 +111,8 @@ class CheckpointReader:
             UnsafeCheckpointError: An object's class is not on the allow-list.
         """
         flat, mappings = flatten(state)
-        together = is_distributed() and any(map(is_distributed_tensor, flat.values()))
+        # before DCP drops the ShardedTensors of which this rank has no shard: the others wait for this rank
+        together = is_distributed() and any(map(is_distributed_tensor, flatten_state_dict(state)[0].values()))
         run: Callable[[str, Callable[[], Any]], Any] = agree if together else _alone
         run(f"checking the state against {self.path}", partial(self._check_fits, flat))
         for key, value in run(f"loading {self.path}", partial(self._fill, flat)).items():

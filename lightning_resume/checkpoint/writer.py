@@ -88,7 +88,7 @@ def write_checkpoint(
         target = broadcast_object(agree("checking the path", partial(local_path, path)))
         return _save(target, _gather_state(state, leaves), meta, draft)
     except (Exception, CheckpointException) as error:
-        if isinstance(error, ResumeError):
+        if isinstance(error, ResumeError) and not isinstance(error, RemoteError):
             raise
         cause = _cause(error)
         if not isinstance(cause, Exception):

@@ -54,6 +54,7 @@ class Resumable(abc.ABC):
         self._taken = self._stepped = 0
         self._ended = self._left = False
         self._iteration = object()
+        self._opened()
         return self._run(self._iteration)
 
     def _run(self, iteration: object) -> Iterator[Any]:
@@ -144,13 +145,14 @@ class Resumable(abc.ABC):
                 current=self._kind(),
                 advice="Use the sampler and kind of loader that the run was started with.",
             )
-        for field, current in self._fixed().items():
-            if state_dict["fixed"].get(field) != current:
+        saved_fixed, current_fixed = state_dict["fixed"], self._fixed()
+        for field in {**saved_fixed, **current_fixed}:
+            if saved_fixed.get(field) != current_fixed.get(field):
                 raise CheckpointMismatchError(
                     "loader",
                     field,
-                    saved=state_dict["fixed"].get(field),
-                    current=current,
+                    saved=saved_fixed.get(field, "any"),
+                    current=current_fixed.get(field, "any"),
                     advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
                 )
 
@@ -158,6 +160,9 @@ class Resumable(abc.ABC):
         self._taken = self._stepped = 0
         self._ended = self._resumed = self._left = False
         self._iteration = object()
+
+    def _opened(self) -> None:
+        """Called when an iteration begins."""
 
     def _handed_out(self) -> None:
         """Called after each batch, before it is handed out."""
@@ -187,7 +192,7 @@ class Resumable(abc.ABC):
         """What must be the same on load, by name."""
 
 
-_ADVICE = "start with it again, or leave this loader's position out with `strict=False`."
+_ADVICE = "start with it again. (`fabric.load(..., strict=False)` leaves this loader's position out.)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,7 +345,7 @@ class ElasticLoader(Resumable):
                     field,
                     saved=getattr(saved, field),
                     current=getattr(self._start, field),
-                    advice=f"{advice} Or leave this loader's position out with `strict=False`.",
+                    advice=f"{advice} (`fabric.load(..., strict=False)` leaves this loader's position out.)",
                 )
         if self._explicit_seed and state_dict["explicit_seed"] and saved.seed != self._start.seed:
             raise CheckpointMismatchError(

@@ -150,7 +150,8 @@ class StreamLoader(Resumable):
 
     def remember(self, batches: int) -> None:
         """Keeps the states of so many batches, for ``state_dict(behind=...)``."""
-        self._history: collections.deque[tuple[int, Any]] = collections.deque(maxlen=batches + 1)
+        known = getattr(self, "_history", ())  # a batch that was fetched ahead is in it
+        self._history: collections.deque[tuple[int, Any]] = collections.deque(known, maxlen=batches + 1)
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -181,7 +182,6 @@ class StreamLoader(Resumable):
             self._exhausted, self._done = False, True
             return
         stream = RandomStream("stream", self._seed, self._epoch)
-        self._history.clear()
         with stream():
             batches = self._stream_engine.iterate(self._epoch, self._inner, self._skip)
             self._history.append((0, self._inner))
@@ -194,6 +194,9 @@ class StreamLoader(Resumable):
                     self._handed_out()
                     return
             yield batch
+
+    def _opened(self) -> None:
+        self._history.clear()
 
     def _handed_out(self) -> None:
         self._history.append((self._taken, self._stream_engine.capture()))
