@@ -25,9 +25,11 @@ from lightning_resume.checkpoint.layout import Kind
 from lightning_resume.data.loader import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.run import Tracker, describe
+from lightning_resume.state.component import Component, Sharing
 from lightning_resume.state.objects import Objects
 
 _Path = str | os.PathLike[str]
+_PRECISION = "precision"
 
 
 class ResumeMixin:
@@ -108,7 +110,7 @@ class ResumeMixin:
         storage_options: Any | None = None,
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        components = self._tracker.components()
+        components = [*self._tracker.components(), *self._precision_component()]
         objects = Objects.of(self._with_loader_states(state), more_modules=self._tracker.modules)
         earlier = {key: self._tracker.buffers_to_go_back_to(module) for key, module in objects.modules.items()}
         if self._save_distributed_checkpoint:
@@ -123,6 +125,11 @@ class ResumeMixin:
         else:
             write = self._user_io(path, storage_options)
             saving.save_file(path, objects, components, filter=filter, earlier_buffers=earlier, write=write)
+
+    def _precision_component(self) -> list[Component]:
+        """What the precision plugin keeps, such as a gradient scaler's factor; stock Fabric leaves it out."""
+        state = self.precision.state_dict()  # type: ignore[attr-defined]
+        return [Component(name=_PRECISION, value=state, sharing=Sharing.REPLICATED)] if state else []
 
     def _with_loader_states(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` with the loaders that we follow replaced by their positions, as stock Lightning would save them."""
@@ -165,6 +172,8 @@ class ResumeMixin:
         for key in followed:
             loaded.remainder.pop(key, None)
         if resumes and loaded.components is not None:
+            if _PRECISION in loaded.components:
+                self.precision.load_state_dict(loaded.components.value(_PRECISION, 0))  # type: ignore[attr-defined]
             self._tracker.restore(loaded.components, strict=strict)
         elif resumes:
             loading.warn_foreign(found)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins import Precision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -366,3 +367,35 @@ def test_peeking_at_a_loader_before_training_changes_nothing(workers: int, tmp_p
     again = toy(2, num_workers=workers)
     again.fabric.load(tmp_path / "c", again.state)
     assert again.train(5) == expected
+
+
+class Scaled(Precision):
+    """Keeps a factor, as the plugin for ``16-mixed`` does."""
+
+    factor = 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.factor = state_dict["factor"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_precision_plugin_keeps_comes_back(form: str, tmp_path: Path) -> None:
+    factors = []
+    for factor in (8.0, 1.0):
+        made = fabric("single", form, plugins=[Scaled()])
+        made.strategy.precision.factor = factor
+        state = dict(zip(("model", "optimizer"), made.setup(*trainable()), strict=True))
+        if factor == 8.0:
+            made.save(tmp_path / "c", state)
+        else:
+            made.load(tmp_path / "c", state)
+        factors.append(made.strategy.precision.factor)
+    assert factors == [8.0, 8.0]
+
+
+def trainable() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(2, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,0 +1,122 @@
+"""The arguments of ``ResumeCallback``: when it saves, what it keeps, where it goes on from."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_resume import ResumeCallback
+from tests.toy_trainer import Net, Quiet, assert_same, fit
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps(*numbers: int) -> list[str]:
+    return [f"step-{number:08d}" for number in numbers]
+
+
+def test_it_keeps_the_last_checkpoints_only(tmp_path: Path) -> None:
+    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep_last=2))
+    assert names(tmp_path / "r") == steps(7, 8)
+
+
+def test_it_keeps_all_checkpoints_when_told_to(tmp_path: Path) -> None:
+    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep_last=None))
+    assert names(tmp_path / "r") == steps(*range(1, 9))
+
+
+def test_without_an_interval_it_saves_after_every_epoch(tmp_path: Path) -> None:
+    fit(tmp_path, max_epochs=3, resume=ResumeCallback(tmp_path / "r"))
+    assert names(tmp_path / "r") == steps(4, 8, 12)
+
+
+def test_it_saves_every_n_epochs_and_at_the_end(tmp_path: Path) -> None:
+    fit(tmp_path, max_epochs=5, resume=ResumeCallback(tmp_path / "r", every_n_epochs=2))
+    assert names(tmp_path / "r") == steps(8, 16, 20)
+
+
+def test_it_saves_when_the_interval_of_time_has_passed(tmp_path: Path) -> None:
+    always = ResumeCallback(tmp_path / "r", train_time_interval=timedelta(0), keep_last=None)
+    fit(tmp_path, resume=always)
+    assert names(tmp_path / "r") == steps(*range(1, 9))
+    rarely = ResumeCallback(tmp_path / "s", train_time_interval=timedelta(days=1), keep_last=None)
+    fit(tmp_path, resume=rarely)
+    assert names(tmp_path / "s") == steps(8)
+
+
+def test_resume_never_starts_fresh_beside_older_checkpoints(tmp_path: Path) -> None:
+    first = fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1))
+    again = fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, resume="never"))
+    assert_same(again, first)
+
+
+def test_after_an_explicit_rewind_the_newest_is_the_one_saved_last(tmp_path: Path) -> None:
+    callback = lambda: ResumeCallback(tmp_path / "r", every_n_train_steps=2, keep_last=None)  # noqa: E731
+    whole = fit(tmp_path, resume=callback())
+    run = fit(tmp_path, seed=3, max_epochs=1, ckpt_path=tmp_path / "r" / steps(2)[0], resume=callback())
+    assert run.trainer.global_step == 4
+    assert Path(callback().best_model_path).name == steps(4)[0]
+    assert_same(fit(tmp_path, seed=4, resume=callback()), whole)
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(tmp_path: Path) -> None:
+    first = fit(tmp_path, resume=ResumeCallback(tmp_path / "r"))
+    again = fit(tmp_path, seed=5, resume=ResumeCallback(tmp_path / "r"))
+    assert again.trainer.global_step == first.trainer.global_step
+    assert all(torch.equal(again.state[name], value) for name, value in first.state.items())
+
+
+def test_best_and_last_are_the_newest_checkpoint_for_trainer_test(tmp_path: Path) -> None:
+    run = fit(tmp_path, resume=ResumeCallback(tmp_path / "r"))
+    weights = {name: value.clone() for name, value in run.module.state_dict().items()}
+    torch.nn.init.zeros_(run.module.net[0].weight)
+    run.trainer.test(run.module, run.module.val_dataloader(), ckpt_path="best", verbose=False)
+    assert all(torch.equal(value, weights[name]) for name, value in run.module.state_dict().items())
+
+
+def test_two_fits_in_one_process_go_on_from_each_other(tmp_path: Path) -> None:
+    run = fit(tmp_path, max_epochs=1, resume=ResumeCallback(tmp_path / "r"))
+    run.trainer.fit_loop.max_epochs = 2
+    run.trainer.fit(run.module)
+    whole = fit(tmp_path / "whole", max_epochs=2)
+    assert all(torch.equal(run.state[name], value) for name, value in whole.state.items())
+
+
+class Hooked(Quiet):
+    """Saves something of its own with each checkpoint."""
+
+    steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["my steps"] = self.steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.steps = checkpoint["my steps"]
+
+
+def test_what_the_module_saves_by_its_hooks_comes_back(tmp_path: Path) -> None:
+    fit(tmp_path, module=Hooked, max_epochs=1, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1))
+    again = fit(tmp_path, module=Hooked, max_epochs=2, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1))
+    assert again.module.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("every_n_train_steps", 0), ("every_n_epochs", -1), ("keep_last", 0), ("resume", "maybe")]
+)
+def test_arguments_out_of_bounds_are_named(argument: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{argument} is {value!r}"):
+        ResumeCallback(tmp_path, **{argument: value})
+
+
+def test_it_saves_nothing_in_a_fast_dev_run(tmp_path: Path) -> None:
+    fit(tmp_path, module=Net, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1), fast_dev_run=True)
+    assert not (tmp_path / "r").exists()
