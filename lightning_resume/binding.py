@@ -18,7 +18,7 @@ from typing import Any
 from lightning_resume import _distributed, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
 from lightning_resume.checkpoint.components import SavedComponents
-from lightning_resume.data.loader import Resumable
+from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader

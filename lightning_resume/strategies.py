@@ -22,7 +22,7 @@ from lightning_resume._lightning import (
 )
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Kind
-from lightning_resume.data.loader import Resumable
+from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.run import Tracker, describe
 from lightning_resume.state.component import Component, Sharing

@@ -39,7 +39,7 @@ from lightning_resume import (
     binding,
     run,
 )
-from lightning_resume.data.loader import Resumable
+from lightning_resume.data.position import Resumable
 from lightning_resume.state.rng import RngState, restore
 from tests.harness import die
 

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_resume import make_resumable
-from lightning_resume.data.loader import ElasticLoader, Resumable
+from lightning_resume.data.loader import ElasticLoader
+from lightning_resume.data.position import Resumable
 from tests.toy_data import (
     BATCH,
     LENGTH,

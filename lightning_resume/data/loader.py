@@ -7,192 +7,23 @@ dataset, sampler and ``collate_fn`` are wrapped to fetch what the order says wit
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_resume.data import order
+from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import KeyedCollate, KeyedDataset, Request, keyed_seed, worker_init
 from lightning_resume.data.source import UNSIZED, Source
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
 from lightning_resume.state.component import Sharing
-
-
-class Resumable(abc.ABC):
-    """A loader that can say where it is and go on from there.
-
-    A batch counts as taken when it is handed out. A caller that took batches ahead of what it trained on says so with
-    ``behind``: the state is then the one before these batches.
-    """
-
-    sharing: Sharing
-    epoch: int
-    _taken: int
-    """Batches handed out by the open iteration."""
-    _stepped: int
-    _watched = False
-    _before_pending: Callable[[], None] | None = None
-    _ended: bool
-    _left: bool
-    _resumed: bool
-    _iteration: object
-
-    def __iter__(self) -> Iterator[Any]:
-        # eager, so that where an iteration begins does not depend on when its first batch is asked for
-        used = self._taken > 0 or self._at_end() or self._left
-        if not self._resumed and used and not self._only_peeked():
-            self._next_epoch()
-        self._resumed = False
-        self._taken = self._stepped = 0
-        self._ended = self._left = False
-        self._iteration = object()
-        self._opened()
-        return self._run(self._iteration)
-
-    def _run(self, iteration: object) -> Iterator[Any]:
-        batches = self._batches()
-        while True:
-            if self._before_pending is not None and self._taken == self._stepped and torch.is_grad_enabled():
-                self._before_pending()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            if iteration is not self._iteration:
-                raise RuntimeError(
-                    "This iterator is no longer the loader's position: `iter(loader)` or `load_state_dict` was called"
-                    " since. Iterate over the loader once at a time."
-                )
-            self._taken += 1
-            if not torch.is_grad_enabled():  # a batch to evaluate on: no step will come for it
-                self._stepped = self._taken
-            self._handed_out()
-            yield batch
-        self._ended = True
-
-    @property
-    def taken(self) -> int:
-        """Batches handed out by the open iteration."""
-        return self._taken
-
-    def mark_stepped(self) -> None:
-        """Notes that the optimizer has stepped on all batches handed out so far."""
-        self._stepped = self._taken
-
-    def watch_steps(self, before_pending: Callable[[], None]) -> None:
-        """Says that :meth:`mark_stepped` will be called for every optimizer step.
-
-        ``before_pending`` is called before the first batch is fetched that no step has followed yet.
-        """
-        self._watched, self._before_pending = True, before_pending
-
-    def _only_peeked(self) -> bool:
-        """Whether batches were looked at (``next(iter(loader))``) but none was used: the iteration did not count."""
-        return self._watched and not self._ended and self._taken > 0 and self._stepped == 0
-
-    @property
-    def unstepped(self) -> int:
-        """Batches handed out since the optimizer last stepped; 0 when the iteration has ended."""
-        return 0 if self._ended else self._taken - self._stepped
-
-    def state_dict(self, behind: int = 0) -> dict[str, Any]:
-        """The position, as it was before the last ``behind`` batches were handed out."""
-        return {**self._state(behind), "ended": self._ended}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from ``state_dict`` at the next ``iter``: with what was left of the iteration, or, when the iteration
-        had ended, with the next epoch. An iteration saved at its last batch has nothing left.
-
-        Raises:
-            CheckpointMismatchError: The state belongs to another dataset or another order; nothing was changed.
-        """
-        self.check(state_dict)
-        self._load(state_dict)
-        self._begin_attributes()
-        self._resumed = True
-        if state_dict["ended"]:
-            self._next_epoch()
-
-    def load_epoch_end(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from ``state_dict`` with the next epoch, whatever is left of the current one."""
-        self.load_state_dict(state_dict)
-        if not state_dict["ended"] and self._begun():
-            self._next_epoch()
-
-    def leave_epoch(self) -> None:
-        """Says that nothing more will be taken of the open epoch: the next ``iter`` begins another."""
-        self._left = True
-
-    def load_exhausted(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from the ``state_dict`` of an iterator that has ended but is still held: the next is empty."""
-        self.load_state_dict({**state_dict, "ended": False})
-
-    def check(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises :class:`CheckpointMismatchError` when ``state_dict`` does not fit; changes nothing."""
-        if state_dict.get("kind") != self._kind():
-            raise CheckpointMismatchError(
-                "loader",
-                "order",
-                saved=state_dict.get("kind"),
-                current=self._kind(),
-                advice="Use the sampler and kind of loader that the run was started with.",
-            )
-        saved_fixed, current_fixed = state_dict["fixed"], self._fixed()
-        for field in {**saved_fixed, **current_fixed}:
-            if saved_fixed.get(field) != current_fixed.get(field):
-                raise CheckpointMismatchError(
-                    "loader",
-                    field,
-                    saved=saved_fixed.get(field, "any"),
-                    current=current_fixed.get(field, "any"),
-                    advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
-                )
-
-    def _begin_attributes(self) -> None:
-        self._taken = self._stepped = 0
-        self._ended = self._resumed = self._left = False
-        self._iteration = object()
-
-    def _opened(self) -> None:
-        """Called when an iteration begins."""
-
-    def _handed_out(self) -> None:
-        """Called after each batch, before it is handed out."""
-
-    @abc.abstractmethod
-    def set_epoch(self, epoch: int) -> None:
-        """Makes ``epoch`` the epoch of the next iteration; a position within the same epoch is kept."""
-
-    @abc.abstractmethod
-    def _batches(self) -> Iterator[Any]: ...
-    @abc.abstractmethod
-    def _at_end(self) -> bool: ...
-    @abc.abstractmethod
-    def _begun(self) -> bool:
-        """Whether the loaded state is past the start of its epoch."""
-
-    @abc.abstractmethod
-    def _next_epoch(self) -> None: ...
-    @abc.abstractmethod
-    def _state(self, behind: int) -> dict[str, Any]: ...
-    @abc.abstractmethod
-    def _load(self, state_dict: Mapping[str, Any]) -> None: ...
-    @abc.abstractmethod
-    def _kind(self) -> str: ...
-    @abc.abstractmethod
-    def _fixed(self) -> dict[str, Any]:
-        """What must be the same on load, by name."""
-
-
-_ADVICE = "start with it again. (`fabric.load(..., strict=False)` leaves this loader's position out.)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

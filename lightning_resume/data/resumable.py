@@ -18,7 +18,8 @@ from torch.utils.data import (
 
 from lightning_resume.data import order
 from lightning_resume.data.fingerprint import fingerprint
-from lightning_resume.data.loader import BatchRequests, ElasticLoader, Resumable, Share
+from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share
+from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
 from lightning_resume.data.stream import ResumableIterable, StreamLoader, iterable_engine_of, keyed_engine_of
 

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_resume.data.loader import Resumable
+from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import (
     EpochCell,
     EpochKeyedDataset,
