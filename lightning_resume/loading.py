@@ -146,41 +146,43 @@ def load_single_file(
     return Loaded(remainder=content, components=components)
 
 
+@collect.quiet()
 def load_raw(
     path: Path_, kind: Kind, obj: Module | Optimizer, *, more_modules: Iterable[Module], strict: bool, trust: bool
 ) -> None:
     """Loads one module or optimizer: from a file that holds just its state dict, or out of a checkpoint."""
     if kind is Kind.SINGLE_FILE:
         content = read_file(path, trust=trust)
-        if FILE_KEY in content:
-            content = _only_one_like(obj, content)
-        if isinstance(obj, Module):
-            _check_names("", collect.model_state(obj), content, strict=strict)
-            collect.load_full_model_state(obj, content, strict=strict)
-        else:
-            collect.load_full_optimizer_state(obj, content, Objects.of({"": obj}, more_modules=more_modules).owners)
-        return
-    reader = CheckpointReader(path, trust=trust)
-    tops = list(dict.fromkeys(str(keypath[0]) for keypath in reader.mappings.values()))
-    optimizers = {str(keypath[0]) for keypath in reader.mappings.values() if "param_groups" in keypath[1:2]}
-    fitting = [top for top in tops if (top in optimizers) == isinstance(obj, Optimizer)]
-    if len(fitting) != 1:
-        raise _not_one_object(obj, fitting or tops)
-    state: dict[str, Any] = {fitting[0]: obj}
-    load_folder(path, state, Objects.of(state, more_modules=more_modules), strict=strict, trust=trust)
+        if FILE_KEY not in content:
+            _load_state_dict(obj, content, Objects.of({"": obj}, more_modules=more_modules).owners, strict=strict)
+            return
+        entries = {key: set(value) for key, value in content.items() if isinstance(value, Mapping) and key != FILE_KEY}
+    else:
+        keypaths = CheckpointReader(path, trust=trust).mappings.values()
+        entries = {str(top): {p[1] for p in keypaths if p[0] == top and len(p) > 1} for top in {p[0] for p in keypaths}}
+    state: dict[str, Any] = {_only_one_like(obj, entries): obj}
+    load = load_single_file if kind is Kind.SINGLE_FILE else load_folder
+    load(path, state, Objects.of(state, more_modules=more_modules), strict=strict, trust=trust)
 
 
-def _only_one_like(obj: Module | Optimizer, content: Mapping[str, Any]) -> Any:
-    """The one state dict in a checkpoint's ``content`` that can be ``obj``'s."""
-    dicts = {key: value for key, value in content.items() if key != FILE_KEY and isinstance(value, Mapping)}
-    optimizers = {key for key, value in dicts.items() if "param_groups" in value}
-    fitting = [key for key in dicts if (key in optimizers) == isinstance(obj, Optimizer)]
+def _load_state_dict(obj: Module | Optimizer, content: Any, owners: collect.Owners, *, strict: bool) -> None:
     if isinstance(obj, Module):
-        names = set(collect.model_state(obj))
-        fitting = [key for key in fitting if names & {collect.clean_name(str(name)) for name in dicts[key]}]
+        _check_names("", collect.model_state(obj), content, strict=strict)
+        collect.load_full_model_state(obj, content, strict=strict)
+    else:
+        collect.load_full_optimizer_state(obj, content, owners)
+
+
+def _only_one_like(obj: Module | Optimizer, entries: Mapping[str, set[Any]]) -> str:
+    """The key of the one entry of a checkpoint that can be ``obj``'s; ``entries`` holds the names in each."""
+    if isinstance(obj, Optimizer):
+        fitting = [key for key, names in entries.items() if "param_groups" in names]
+    else:
+        current = set(collect.model_state(obj))
+        fitting = [key for key, names in entries.items() if current & {collect.clean_name(str(n)) for n in names}]
     if len(fitting) != 1:
-        raise _not_one_object(obj, fitting or list(dicts))
-    return dicts[fitting[0]]
+        raise _not_one_object(obj, sorted(fitting or entries))
+    return fitting[0]
 
 
 def _not_one_object(obj: object, found: list[str]) -> CheckpointMismatchError:
@@ -229,8 +231,8 @@ def _check_model(reader: CheckpointReader, key: str, module: Module, *, strict: 
 
 def check_model(key: str, module: Module, saved: Mapping[Any, Any], *, strict: bool) -> None:
     """Raises :class:`CheckpointMismatchError` when ``saved`` is the state of another model; changes nothing."""
-    if any(child._load_state_dict_pre_hooks for child in module.modules()):
-        return  # such hooks rename what is loaded: only loading shows whether it fits
+    if collect.renames_what_it_loads(module):
+        return  # only loading shows whether it fits
     _check_names(key, collect.model_state(module), saved, strict=strict)
 
 

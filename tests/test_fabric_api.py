@@ -16,7 +16,17 @@ from lightning_resume import UnsafeCheckpointError
 from tests.harness import Zygote, zygote
 from tests.runs import Augmented
 from tests.toy_data import draw, global_rng, reseed
-from tests.toy_fabric import Toy, assert_equal, check_state_comes_back, fabric, launch, network, position, unchanged
+from tests.toy_fabric import (
+    Toy,
+    assert_equal,
+    check_signatures,
+    check_state_comes_back,
+    fabric,
+    launch,
+    network,
+    position,
+    unchanged,
+)
 
 FORMS = ("folder", "file")
 
@@ -45,6 +55,13 @@ def test_all_of_state_comes_back_on_a_single_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "mp"])
 def test_all_of_state_comes_back_on_every_rank(name: str, ranks: Zygote, tmp_path: Path) -> None:
     launch(ranks, check_state_comes_back, tmp_path, name=name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "mp"])
+def test_filter_strict_load_raw_and_load_without_state_work_on_every_rank(
+    name: str, ranks: Zygote, tmp_path: Path
+) -> None:
+    launch(ranks, check_signatures, tmp_path, name=name)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,11 +13,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_resume import (
+    CheckpointMismatchError,
     ResumableDDPStrategy,
     ResumableFSDPStrategy,
     ResumableModelParallelStrategy,
@@ -186,6 +188,38 @@ def check_state_comes_back(folder: Path, *, name: str) -> None:
         assert again.state["loader"] is again.loader
         assert again.train(6) == whole
         assert_equal(again.tensors(), first.tensors())
+
+
+def check_signatures(folder: Path, *, name: str) -> None:
+    """What the signatures of ``fabric.save`` and ``load`` promise beside a plain save and load, in both forms."""
+    for form in ("folder", "file"):
+        run = Toy(fabric(name, form), seed=1)
+        run.train(3)
+        both = {"model": run.model, "optimizer": run.optimizer}
+        run.fabric.save(folder / f"{form}-both", both)
+        run.fabric.save(folder / f"{form}-part", both, filter={"model": lambda name, _: name.startswith("0.")})
+
+        raw = Toy(fabric(name, form), seed=2)
+        raw.fabric.load_raw(folder / f"{form}-both", raw.model)
+        raw.fabric.load_raw(folder / f"{form}-both", raw.optimizer)
+        assert_equal(raw.tensors(), run.tensors(), f"{form}: load_raw")
+
+        part, whole = Toy(fabric(name, form), seed=3), weights(run)
+        before = weights(part)
+        with pytest.raises(CheckpointMismatchError, match="parameter names"):
+            part.fabric.load(folder / f"{form}-part", {"model": part.model})
+        part.fabric.load(folder / f"{form}-part", {"model": part.model}, strict=False, weights_only=False)
+        assert_equal(weights(part)[:2], whole[:2], f"{form}: loaded in part")
+        assert_equal(weights(part)[2:], before[2:], f"{form}: left as it was")
+
+        content = run.fabric.load(folder / f"{form}-both")
+        assert {"model", "optimizer"} <= content.keys()
+        assert tuple(content["model"]["0.weight"].shape) == tuple(network()[0].weight.shape)
+
+
+def weights(toy: Toy) -> list[Tensor]:
+    """This rank's parts of the weights, copied."""
+    return [tensor.detach().clone() for tensor in local(toy.model.module.parameters())]
 
 
 def position(toy: Toy) -> Any:

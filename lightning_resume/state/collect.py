@@ -45,6 +45,15 @@ def is_fsdp1(module: Module) -> bool:
     return any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
 
 
+def renames_what_it_loads(module: Module) -> bool:
+    """Whether the user's modules change a state dict before it is loaded; FSDP1 does so for its own wrapping."""
+    return any(
+        child._load_state_dict_pre_hooks
+        for child in module.modules()
+        if not isinstance(child, FullyShardedDataParallel)
+    )
+
+
 def clean_name(name: str) -> str:
     """A parameter's name without what ``torch.compile`` and FSDP put into it."""
     return (
