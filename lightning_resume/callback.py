@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning_resume import _distributed
@@ -162,4 +161,4 @@ class ResumeCallback(Checkpoint):
     def _tidy(self) -> None:
         clean_leftovers(self.dirpath)
         for path in superseded(list_checkpoints(self.dirpath), self.keep_last):
-            delete_checkpoint(Path(path))
+            delete_checkpoint(path)

@@ -63,5 +63,33 @@ class UnsafeCheckpointError(ResumeError, ValueError):
     """The checkpoint holds objects outside the allow-list; loading them would need the caller's explicit trust."""
 
 
-class RemoteStorageError(ResumeError, NotImplementedError):
-    """The path is a URL; this version saves to and loads from local (or mounted) filesystems only."""
+class StorageError(ResumeError, OSError):
+    """A store (S3, SFTP, ...) refused, did not answer, or did not keep what it was given; its client has retried."""
+
+
+class MissingPackageError(ResumeError, ImportError):
+    """The URL's protocol needs a package that is not installed; names the extra to install."""
+
+
+class RankLostError(ResumeError, RuntimeError):
+    """Another rank ended, or did not answer within the process group's time limit, while all were needed."""
+
+
+class ReplicaMismatchError(CheckpointSaveError):
+    """A tensor that ranks should hold alike differs between them; names it, the ranks and their hashes."""
+
+
+class ResumeWarning(UserWarning):
+    """Base class of the warnings about checkpoints that a user should look into."""
+
+
+class FallBackWarning(ResumeWarning):
+    """The newest checkpoint was passed over, and an older one is used."""
+
+
+class StaleCheckpointWarning(ResumeWarning):
+    """Steps were counted since the last save, but no trainable tensor has changed."""
+
+
+class NonFiniteWarning(ResumeWarning):
+    """A checkpoint was saved whose weights hold not-a-number or infinity."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
@@ -14,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
-from lightning_resume.checkpoint.filesystem import local_path
 from lightning_resume.checkpoint.layout import Kind, classify, newest, resolve
+from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
 from lightning_resume.errors import CheckpointMismatchError, CheckpointNotFoundError
@@ -23,7 +22,6 @@ from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, USER
 from lightning_resume.state.objects import Objects, put_back
 
-Path_ = str | os.PathLike[str]
 Check = Callable[[SavedComponents | None], None]
 
 
@@ -40,7 +38,7 @@ class Loaded:
     """``None`` for a checkpoint that lightning-resume did not write."""
 
 
-def locate(path: Path_) -> tuple[str, Kind]:
+def locate(path: PathLike) -> tuple[str, Kind]:
     """Rank 0's path and what lies there; a run folder stands for its newest complete checkpoint.
 
     Raises:
@@ -55,16 +53,16 @@ def locate(path: Path_) -> tuple[str, Kind]:
                 return str(found), Kind.RESUMABLE
         if kind in (Kind.MISSING, Kind.NOT_A_CHECKPOINT):
             raise CheckpointNotFoundError(
-                f"{os.fspath(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
+                f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
             )
-        return os.fspath(path), kind
+        return str(path), kind
 
-    return _distributed.on_rank_zero(f"looking at {os.fspath(path)!r}", look)
+    return _distributed.on_rank_zero(f"looking at {str(path)!r}", look)
 
 
 @collect.quiet()
 def load_folder(
-    path: Path_,
+    path: PathLike,
     state: MutableMapping[str, Any],
     objects: Objects,
     *,
@@ -94,8 +92,8 @@ def load_folder(
             collect.check_optimizer(key, objects.optimizers[key], saved, objects.owners)
         return groups
 
-    groups = _distributed.agree(f"checking {os.fspath(path)!r} against the state given", examine)
-    _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
+    groups = _distributed.agree(f"checking {str(path)!r} against the state given", examine)
+    _distributed.agree(f"checking {str(path)!r} against the loaders", lambda: check(components))
     for key, module in objects.modules.items():
         _load_model(reader, key, module, strict=strict)
     load_own_buffers(objects.modules, components)
@@ -107,7 +105,7 @@ def load_folder(
 
 @collect.quiet()
 def load_single_file(
-    path: Path_,
+    path: PathLike,
     state: MutableMapping[str, Any],
     objects: Objects,
     *,
@@ -133,8 +131,8 @@ def load_single_file(
                 groups = [list(group["params"]) for group in content[key]["param_groups"]]
                 collect.check_optimizer(key, optimizer, groups, objects.owners)
 
-    _distributed.agree(f"checking {os.fspath(path)!r} against the state given", examine)
-    _distributed.agree(f"checking {os.fspath(path)!r} against the loaders", lambda: check(components))
+    _distributed.agree(f"checking {str(path)!r} against the state given", examine)
+    _distributed.agree(f"checking {str(path)!r} against the loaders", lambda: check(components))
     for key, module in objects.modules.items():
         if key in content:
             collect.load_full_model_state(module, content.pop(key), strict=strict)
@@ -148,7 +146,7 @@ def load_single_file(
 
 @collect.quiet()
 def load_raw(
-    path: Path_, kind: Kind, obj: Module | Optimizer, *, more_modules: Iterable[Module], strict: bool, trust: bool
+    path: PathLike, kind: Kind, obj: Module | Optimizer, *, more_modules: Iterable[Module], strict: bool, trust: bool
 ) -> None:
     """Loads one module or optimizer: from a file that holds just its state dict, or out of a checkpoint."""
     if kind is Kind.SINGLE_FILE:
@@ -195,17 +193,16 @@ def _not_one_object(obj: object, found: list[str]) -> CheckpointMismatchError:
     )
 
 
-def read_file(path: Path_, *, trust: bool) -> Any:
+def read_file(path: PathLike, *, trust: bool) -> Any:
     """The content of a single-file checkpoint, on the CPU."""
-    with open(resolve(local_path(path)), "rb") as file:
-        return safe_load(file, name=os.fspath(path), trust=trust)
+    return safe_load(read_bytes(resolve(as_path(path))), name=str(path), trust=trust)
 
 
-def warn_foreign(path: Path_) -> None:
+def warn_foreign(path: PathLike) -> None:
     """Says what a checkpoint that lightning-resume did not write cannot bring back."""
     if _distributed.rank() == 0:
         warnings.warn(
-            f"{os.fspath(path)!r} was not saved by lightning-resume. It has no position in the data and no random"
+            f"{str(path)!r} was not saved by lightning-resume. It has no position in the data and no random"
             " number generators: weights, optimizers and loops are restored, but samples of the epoch may repeat or"
             " be missed, and the run is not the same run.",
             stacklevel=2,
@@ -351,13 +348,13 @@ def own_value(components: SavedComponents | None, name: str, shared: Any) -> Any
     return components.value(name, rank if rank < ranks else 0)
 
 
-def model_key(path: Path_) -> str:
+def model_key(path: PathLike) -> str:
     """Under which key a Trainer's checkpoint folder holds the model: stock Lightning uses two."""
     tops = {keypath[0] for keypath in CheckpointReader(path).mappings.values()}
     return "model" if "model" in tops and "state_dict" not in tops else "state_dict"
 
 
-def read_trainer_folder(path: Path_, *, optimizers: bool, trust: bool) -> Loaded:
+def read_trainer_folder(path: PathLike, *, optimizers: bool, trust: bool) -> Loaded:
     """The checkpoint dict of a Trainer from a folder, with whole tensors and optimizer states by parameter name."""
     reader = CheckpointReader(path, trust=trust)
     names = sorted({str(keypath[0]) for keypath in reader.mappings.values()})

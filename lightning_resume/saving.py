@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning_resume.checkpoint.commit import commit_file
 from lightning_resume.checkpoint.components import FILE_KEY, entries, settle, to_file, to_leaves
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
+from lightning_resume.checkpoint.paths import PathLike
 from lightning_resume.checkpoint.writer import write_checkpoint
 from lightning_resume.errors import CheckpointSaveError
 from lightning_resume.state import collect
@@ -19,12 +19,11 @@ from lightning_resume.state.objects import Objects, to_saved
 from lightning_resume.state.topology import Topology
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
-Path_ = str | os.PathLike[str]
 
 
 @collect.quiet()
 def save_folder(
-    path: Path_,
+    path: PathLike,
     objects: Objects,
     components: Sequence[Component],
     *,
@@ -49,7 +48,7 @@ def save_folder(
 
 @collect.quiet()
 def save_state(
-    path: Path_,
+    path: PathLike,
     tensors: dict[str, Any],
     meta: Mapping[str, Any],
     components: Sequence[Component],
@@ -77,7 +76,7 @@ def save_state(
 
 
 def save_file(
-    path: Path_,
+    path: PathLike,
     objects: Objects,
     components: Sequence[Component],
     *,
@@ -108,9 +107,11 @@ def save_file(
     write_file(path, content, write=write)
 
 
-def write_file(path: Path_, content: dict[str, Any], *, write: Callable[[dict[str, Any]], None] | None = None) -> None:
+def write_file(
+    path: PathLike, content: dict[str, Any], *, write: Callable[[dict[str, Any]], None] | None = None
+) -> None:
     """Writes rank 0's ``content`` as one file; every rank learns of an error."""
-    path = _distributed.broadcast_object(os.fspath(path))
+    path = _distributed.broadcast_object(path)
 
     def save() -> None:
         try:

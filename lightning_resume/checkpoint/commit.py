@@ -1,35 +1,154 @@
-"""The commit: what is staged beside a path takes its place at once, so that the path always holds the old or the new.
+"""The commit: whatever happens while a checkpoint is saved or deleted, its path holds the old or the new one, whole.
 
 Every function here acts on one process; across ranks, rank 0 calls them.
 """
 
 from __future__ import annotations
 
+import abc
+import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, final
 
 from lightning_resume.checkpoint.filesystem import (
     HashedFile,
     discard,
     exchange,
-    local_path,
     make_folder,
+    new_file,
+    or_warn,
     remove,
     sync_folder,
 )
 from lightning_resume.checkpoint.layout import leftovers
 from lightning_resume.checkpoint.manifest import FileEntry, Manifest, to_json
-from lightning_resume.checkpoint.names import MANIFEST_NAME, resolve, retired_path, staged_path
+from lightning_resume.checkpoint.names import (
+    MANIFEST_NAME,
+    UNFINISHED_NAME,
+    replacing_name,
+    resolve,
+    retired_path,
+    staged_path,
+)
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
+from lightning_resume.checkpoint.remote import RemotePath
+from lightning_resume.errors import StorageError
+
+_REQUESTS = 16  # at once, of small ones
 
 
-def stage(target: Path) -> Path:
-    """Makes and returns an empty folder beside ``target``, to be filled and then published as ``target``."""
-    make_folder(target.parent)
-    staged = staged_path(target)
-    staged.mkdir()
-    return staged
+def begin(target: AnyPath) -> Commit:
+    """Starts a save to ``target``: makes a place to write its files to.
+
+    Raises:
+        OSError: It cannot be written there.
+    """
+    return RemoteCommit.begin(target) if isinstance(target, RemotePath) else LocalCommit.begin(target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Commit(abc.ABC):
+    """One save on its way to its checkpoint's path."""
+
+    @property
+    @abc.abstractmethod
+    def folder(self) -> AnyPath:
+        """Where its files are written."""
+
+    @abc.abstractmethod
+    def publish(self, manifest: Manifest) -> None:
+        """Makes the files in ``folder``, which ``manifest`` names, the checkpoint; when it raises, the old one is."""
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Removes what was written."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalCommit(Commit):
+    """Writes into a folder beside the target, which then takes its name."""
+
+    target: Path
+    staged: Path
+
+    @classmethod
+    def begin(cls, target: Path) -> LocalCommit:
+        make_folder(target.parent)
+        staged = staged_path(target)
+        staged.mkdir()
+        return cls(target=target, staged=staged)
+
+    @property
+    def folder(self) -> Path:
+        return self.staged
+
+    def publish(self, manifest: Manifest) -> None:
+        seal(self.staged, manifest)
+        put_in_place(self.staged, self.target)
+
+    def abandon(self) -> None:
+        if self.staged.exists():
+            discard(self.staged)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteCommit(Commit):
+    """Writes under a prefix that nothing uses; putting the manifest, one small object, makes it the checkpoint.
+
+    The prefix is the target itself where nothing lies there, so that stock readers find the files, else a fresh folder
+    within it that the manifest then names.
+    """
+
+    target: RemotePath
+    prefix: str | None
+
+    @classmethod
+    def begin(cls, target: RemotePath) -> RemoteCommit:
+        names = target.names()
+        if not names and target.is_file():
+            raise FileExistsError(f"{target} is a file, and stores cannot replace it by a folder at once. Delete it.")
+        # asked for by name too: a listing may be stale
+        is_new = not names and (target / MANIFEST_NAME).size() is None
+        if is_new:
+            (target / UNFINISHED_NAME).make_parent()
+            (target / UNFINISHED_NAME).put(b"")
+        return cls(target=target, prefix=None if is_new else replacing_name())
+
+    @property
+    def folder(self) -> RemotePath:
+        return self.target if self.prefix is None else self.target / self.prefix
+
+    def publish(self, manifest: Manifest) -> None:
+        self._check_stored(manifest)
+        manifest = dataclasses.replace(manifest, folder=self.prefix)
+        _put_surely(self.target / MANIFEST_NAME, to_json(manifest).encode())
+        with or_warn(self.target):
+            self._remove_all_but(manifest)
+
+    def abandon(self) -> None:
+        with or_warn(self.folder):
+            if self.prefix is not None:
+                self.folder.remove_folder()
+            elif (self.target / MANIFEST_NAME).size() is None:
+                _empty(self.target, but={UNFINISHED_NAME})
+                (self.target / UNFINISHED_NAME).remove_file()
+
+    def _check_stored(self, manifest: Manifest) -> None:
+        """Asks for every file by name: what a store has accepted it may still not have."""
+        with ThreadPoolExecutor(_REQUESTS) as requests:
+            sizes = requests.map(lambda name: (self.folder / name).size(), manifest.files)
+            for (name, entry), found in zip(manifest.files.items(), sizes, strict=True):
+                if found != entry.bytes:
+                    raise StorageError(f"{self.folder / name} holds {found} bytes after {entry.bytes} were written.")
+
+    def _remove_all_but(self, manifest: Manifest) -> None:
+        _empty(self.target, but={MANIFEST_NAME} | _own_names(manifest))
 
 
 def seal(staged: Path, manifest: Manifest) -> FileEntry:
@@ -42,7 +161,7 @@ def seal(staged: Path, manifest: Manifest) -> FileEntry:
     return file.entry()
 
 
-def publish(staged: Path, target: Path) -> None:
+def put_in_place(staged: Path, target: Path) -> None:
     """Gives the folder or file ``staged`` the name ``target``, durably, in place of what is there.
 
     At every instant ``target``, or its retired name (:func:`~lightning_resume.checkpoint.layout.resolve` finds it),
@@ -55,27 +174,28 @@ def publish(staged: Path, target: Path) -> None:
         sync_folder(target.parent)
 
 
-def commit_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Writes the single file ``path`` by ``write(file)``, durably and at once, in place of a file or folder there.
+def commit_file(path: PathLike, write: Callable[[Any], None]) -> None:
+    """Writes the single file ``path`` by ``write(file)``, durably and at once, in place of what is there.
 
     Raises:
         OSError: It could not be written; what was at ``path`` is untouched.
+        FileExistsError: ``path`` is a folder on a remote store.
     """
-    target = local_path(path)
+    target = as_path(path)
+    if isinstance(target, RemotePath):
+        _commit_remote_file(target, write)
+        return
     make_folder(target.parent)
     staged = staged_path(target)
     try:
-        with open(staged, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(staged, target)
+        _write_file(staged, write)
+        put_in_place(staged, target)
     except BaseException:
         discard(staged)
         raise
 
 
-def delete_checkpoint(path: str | os.PathLike[str]) -> None:
+def delete_checkpoint(path: PathLike) -> None:
     """Deletes the checkpoint ``path``, a folder or a file; at every instant the path loads it whole or is gone.
 
     A crash leaves at most a leftover, which the next save in the same run folder removes.
@@ -83,8 +203,12 @@ def delete_checkpoint(path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: There is nothing at ``path``.
     """
-    target = local_path(path)
+    target = as_path(path)
+    if isinstance(target, RemotePath):
+        _delete_remote(target)
+        return
     found = resolve(target)
+    assert isinstance(found, Path)
     doomed = staged_path(target)
     # under its own name, a folder that lost its manifest would pass for a stock checkpoint
     os.rename(found, doomed)
@@ -92,15 +216,27 @@ def delete_checkpoint(path: str | os.PathLike[str]) -> None:
     remove(doomed)
 
 
-def clean_leftovers(root: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
+def clean_leftovers(root: PathLike, *, name: str | None = None) -> list[AnyPath]:
     """Removes what unfinished saves left in ``root``, of ``step-*`` checkpoints and of ``name``; returns the paths.
 
     Call it only while no save into ``root`` is under way.
     """
     found = leftovers(root, name=name)
     for path in found:
-        discard(path)
+        if isinstance(path, Path):
+            discard(path)
+        else:
+            with or_warn(path):
+                _remove_remote(path)
     return found
+
+
+def put_file(path: AnyPath, data: bytes) -> None:
+    """Makes ``data`` the content of the small file ``path``, durably and at once."""
+    if isinstance(path, RemotePath):
+        _put_surely(path, data)
+    else:
+        commit_file(path, lambda file: file.write(data))
 
 
 def _is_folder(path: Path) -> bool:
@@ -129,3 +265,78 @@ def _swap_in_two_steps(staged: Path, target: Path) -> Path:
         raise
     sync_folder(target.parent)
     return retired
+
+
+def _write_file(path: AnyPath, write: Callable[[Any], None]) -> None:
+    file = new_file(path)
+    try:
+        write(file)
+    except BaseException:
+        file.discard()
+        raise
+    file.close()
+
+
+def _commit_remote_file(target: RemotePath, write: Callable[[Any], None]) -> None:
+    if target.names():
+        raise FileExistsError(f"{target} is a folder, and stores cannot replace it by a file at once. Delete it.")
+    if target.puts_at_once:
+        _write_file(target, write)
+        return
+    staged = target.with_name(staged_path(Path(target.name)).name)
+    try:
+        _write_file(staged, write)
+        staged.rename(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staged.remove_file()
+        raise
+
+
+def _put_surely(path: RemotePath, data: bytes) -> None:
+    """Puts a small file and reads it back; a put that reported failure may still have happened."""
+    failure: OSError | None = None
+    try:
+        path.put(data)
+    except OSError as error:
+        failure = error
+    try:
+        found = path.read()
+    except OSError as error:
+        raise failure or error from error
+    if found != data:
+        raise failure or StorageError(f"{path} is not what was put there: {len(found)} bytes, not {len(data)}.")
+
+
+def _delete_remote(target: RemotePath) -> None:
+    if target.is_file():
+        target.remove_file()
+    elif target.names():
+        _remove_remote(target)
+    else:
+        raise FileNotFoundError(f"There is no checkpoint at {target}.")
+
+
+def _remove_remote(folder: RemotePath) -> None:
+    """Removes a remote folder, or file, in an order in which no part of it ever passes for the whole."""
+    if folder.is_file():
+        folder.remove_file()
+        return
+    (folder / UNFINISHED_NAME).put(b"")
+    (folder / MANIFEST_NAME).remove_file()
+    _empty(folder, but={UNFINISHED_NAME})
+    folder.remove_folder()
+
+
+def _empty(folder: RemotePath, *, but: set[str]) -> None:
+    for name in folder.names():
+        if name not in but:
+            entry = folder / name
+            if entry.is_file():
+                entry.remove_file()
+            else:
+                entry.remove_folder()
+
+
+def _own_names(manifest: Manifest) -> set[str]:
+    return set(manifest.files) if manifest.folder is None else {manifest.folder}

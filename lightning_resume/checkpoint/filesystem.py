@@ -1,16 +1,14 @@
-"""What the format needs of a filesystem: durable files, durable folders, and one atomic change of names.
-
-Local and mounted filesystems only, for now; object stores are to come behind the same functions.
-"""
+"""What the format needs of a local filesystem: durable files, durable folders, and one atomic change of names."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -18,35 +16,16 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 import xxhash
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol
 
 from lightning_resume.checkpoint.manifest import FileEntry, Item
 from lightning_resume.checkpoint.names import MANIFEST_NAME
-from lightning_resume.errors import RemoteStorageError
+from lightning_resume.checkpoint.paths import AnyPath
+from lightning_resume.checkpoint.remote import RemotePath, Upload
 
-_LOCAL_PROTOCOLS = ("file", "local")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # what the kernel or the filesystem answers when it cannot exchange two names
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Returns ``path`` as an absolute local path; a trailing slash and ``file://`` are taken off.
-
-    Raises:
-        RemoteStorageError: ``path`` is a URL of another protocol.
-    """
-    text = os.fspath(path)
-    # pathlib makes "s3:/bucket" of "s3://bucket", and with it a local folder named "s3:"
-    protocol = text.split(":/")[0] if isinstance(path, Path) and ":/" in text else get_protocol(text)
-    if "/" in protocol or protocol in _LOCAL_PROTOCOLS:
-        return Path(os.path.abspath(LocalFileSystem._strip_protocol(text)))
-    raise RemoteStorageError(
-        f"{text} is on remote storage ({protocol}), which comes in a later version of lightning-resume. "
-        "Save to a local or mounted path and copy the whole folder."
-    )
 
 
 def make_folder(folder: Path) -> None:
@@ -81,20 +60,35 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint of any kind, of a folder its manifest first, so that no part of it passes for the whole."""
+    """Removes a checkpoint of any kind, of a folder its manifest first, so that no part of it passes for the whole.
+
+    What another thread has removed meanwhile is no error.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     (path / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    shutil.rmtree(path, onerror=_unless_missing)
+
+
+def _unless_missing(_function: object, _path: object, caught: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(caught[1], FileNotFoundError):
+        raise caught[1]
+
+
+@contextlib.contextmanager
+def or_warn(path: AnyPath) -> Iterator[None]:
+    """Around the removal of what is no longer needed: warns where it fails, since the checkpoint itself is safe."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{path} is no longer needed but could not be removed: {error}", stacklevel=3)
 
 
 def discard(path: Path) -> None:
-    """Removes what is no longer needed; warns where that fails, because the checkpoint itself is safe by then."""
-    try:
+    """Removes what is no longer needed, or warns."""
+    with or_warn(path):
         remove(path)
-    except OSError as error:
-        warnings.warn(f"{path} is no longer needed but could not be removed: {error}", stacklevel=2)
 
 
 def torch_save(obj: object, file: _Writable) -> None:
@@ -114,24 +108,61 @@ class _Writable(Protocol):
     def flush(self) -> None: ...
 
 
-class HashedFile:
-    """A new file that is hashed while it is written, as a whole and item by item, and is durable once closed.
+class LocalFile:
+    """A new local file, durable once it is closed.
 
     Raises:
         FileExistsError: There is a file of that name.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
+        self._path = path
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close or discard
+        self._bytes = 0
+
+    def write(self, data: Any, /) -> int:
+        self._file.write(data)
+        size = memoryview(data).nbytes
+        self._bytes += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            found = os.fstat(self._file.fileno()).st_size
+        if found != self._bytes:
+            raise OSError(errno.EIO, f"{found} of {self._bytes} bytes were stored", str(self._path))
+
+    def discard(self) -> None:
+        self._file.close()
+
+
+def new_file(path: AnyPath) -> LocalFile | Upload:
+    """Opens a new file to be written once, from its start to its end."""
+    return Upload(path) if isinstance(path, RemotePath) else LocalFile(path)
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, as a whole and item by item, and is durable once closed.
+
+    Raises:
+        FileExistsError: There is a local file of that name.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self._file = new_file(path)
         self._whole, self._item = xxhash.xxh3_128(), xxhash.xxh3_128()
         self._items: list[Item] = []
         self._start = self._position = 0
 
     def write(self, data: Any, /) -> int:
-        self._file.write(data)
+        size = self._file.write(data)
         self._whole.update(data)
         self._item.update(data)
-        size = memoryview(data).nbytes
         self._position += size
         return size
 
@@ -153,10 +184,10 @@ class HashedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        if kind is None:
+            self._file.close()
+        else:
+            self._file.discard()
 
 
 @cache

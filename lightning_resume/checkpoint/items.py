@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import errno
+import threading
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from lightning_resume.checkpoint._dcp import StorageInfo
 from lightning_resume.checkpoint.manifest import FileEntry, Manifest
+from lightning_resume.checkpoint.paths import AnyPath, read_range, size_of
+from lightning_resume.checkpoint.remote import RemotePath
 from lightning_resume.errors import CheckpointCorruptError
 
 _HASH_BYTES = 2**24  # at a time
@@ -21,12 +23,18 @@ _ADVICE = "The file changed after it was saved. Load another checkpoint, or copy
 class ItemSource:
     """The files of one checkpoint folder; without a manifest (a stock checkpoint) there is nothing to verify with."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: AnyPath, manifest: Manifest | None) -> None:
+        self._folder = folder if manifest is None or manifest.folder is None else folder / manifest.folder
         self._files: Mapping[str, FileEntry] | None = None if manifest is None else manifest.files
+        self._sizes: dict[str, int | None] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self._folder, RemotePath)
 
     def has(self, name: str) -> bool:
-        return (self._folder / name).is_file() if self._files is None else name in self._files
+        return self._size(name) is not None if self._files is None else name in self._files
 
     def whole(self, name: str) -> bytes:
         """Returns the verified bytes of the whole file ``name``.
@@ -40,15 +48,28 @@ class ItemSource:
             self._check_hash(f"file {name}", self._files[name].hash, data)
         return data
 
-    def verify(self) -> None:
-        """Reads every file of the manifest and checks it.
+    def verify_file(self, name: str, keys: Mapping[int, str], read: Callable[[int], None]) -> None:
+        """Reads the file ``name`` of the manifest and checks it; ``read`` is told of every so many bytes.
+
+        ``keys`` says which item begins at which byte.
 
         Raises:
-            CheckpointCorruptError: A file is missing or differs from what the manifest says.
+            CheckpointCorruptError: It is missing or differs; names the first item that does.
         """
-        for name, entry in (self._files or {}).items():
-            self._check_size(name)
-            self._compare(f"file {name}", entry.hash, _hash_file(self._folder / name))
+        size, entry = self._check_size(name), self._entry(name)
+        whole = xxhash.xxh3_128()
+        for offset in range(0, size, _HASH_BYTES):
+            part = self._read(name, offset, min(_HASH_BYTES, size - offset))
+            whole.update(part)
+            read(len(part))
+        if whole.hexdigest() != entry.hash:
+            self._verify_items(name, entry, keys)
+            raise self._corrupt(f"file {name}", f"xxh3-128 {entry.hash}", whole.hexdigest())
+
+    def _verify_items(self, name: str, entry: FileEntry, keys: Mapping[int, str]) -> None:
+        for offset, length, expected in entry.items:
+            found = xxhash.xxh3_128_hexdigest(self._read(name, offset, length))
+            self._compare(f"file {name}, item {keys.get(offset, 'unknown')!r}", expected, found)
 
     def item(self, key: str, info: StorageInfo) -> bytes:
         """Returns the verified bytes of the item ``key``, which lies at ``info`` (file, offset and length in bytes).
@@ -66,13 +87,19 @@ class ItemSource:
         return data
 
     def _check_size(self, name: str) -> int:
-        file = self._folder / name
-        if not file.is_file():
+        size = self._size(name)
+        if size is None:
             raise self._corrupt(f"file {name}", "the file", "nothing")
-        size = file.stat().st_size
         if self._files is not None and size != self._entry(name).bytes:
             raise self._corrupt(f"file {name}", f"{self._entry(name).bytes} bytes", f"{size} bytes")
         return size
+
+    def _size(self, name: str) -> int | None:
+        """Asked for once: on a remote store it is a request."""
+        with self._lock:
+            if name not in self._sizes:
+                self._sizes[name] = size_of(self._folder / name)
+            return self._sizes[name]
 
     def _entry(self, name: str) -> FileEntry:
         assert self._files is not None
@@ -81,9 +108,14 @@ class ItemSource:
         return self._files[name]
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
-        with open(self._folder / name, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = _read_fully(file.fileno(), length)
+        try:
+            data = read_range(self._folder / name, offset, length)
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise self._corrupt(f"file {name}", f"{length} bytes from byte {offset}", str(error)) from error
         if len(data) != length:
             raise self._corrupt(f"file {name}", f"{length} bytes from byte {offset}", f"{len(data)} bytes")
         return data
@@ -110,23 +142,3 @@ class ItemSource:
         return CheckpointCorruptError(
             f"The checkpoint {self._folder} is damaged: {what}: expected {expected}, found {found}. {_ADVICE}"
         )
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while part := file.read(_HASH_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _read_fully(descriptor: int, length: int) -> bytes:
-    # one read may return less than asked for (at most 2 GiB on Linux)
-    parts = []
-    while length > 0:
-        part = os.read(descriptor, min(length, 2**30))
-        if not part:
-            break
-        parts.append(part)
-        length -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

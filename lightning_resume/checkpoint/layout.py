@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import enum
-import os
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from lightning_resume.checkpoint.filesystem import local_path
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
 from lightning_resume.checkpoint.names import (
     MANIFEST_NAME,
     META_NAME,
     METADATA_NAME,
+    UNFINISHED_NAME,
     find_leftovers,
+    is_data_name,
+    is_replacing_name,
     is_staged,
     is_step_name,
     resolve,
     step_name,
 )
-from lightning_resume.errors import CheckpointVersionError, ResumeError
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, list_names
+from lightning_resume.checkpoint.remote import RemotePath
+from lightning_resume.errors import CheckpointIncompleteError, CheckpointVersionError, ResumeError
 
 __all__ = [
     "MANIFEST_NAME",
     "METADATA_NAME",
     "META_NAME",
+    "Found",
     "Kind",
     "classify",
     "leftovers",
     "list_checkpoints",
     "newest",
-    "next_sequence",
     "resolve",
     "step_name",
+    "survey",
 ]
+
+P = TypeVar("P")
+T = TypeVar("T")
+
+_REQUESTS = 16  # at once, of small ones
 
 
 class Kind(enum.Enum):
@@ -47,21 +61,50 @@ class Kind(enum.Enum):
     MISSING = "nothing"
 
 
-def classify(path: str | os.PathLike[str]) -> Kind:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A folder where a checkpoint should be: its manifest, or, where that cannot be used, why not."""
+
+    path: AnyPath
+    manifest: Manifest | None
+    error: ResumeError | None = None
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Sorts by time of saving."""
+        assert self.manifest is not None
+        return self.manifest.sequence, self.manifest.step or 0, self.path.name
+
+
+def classify(path: PathLike) -> Kind:
     """Says what lies at ``path``.
 
     A folder is RESUMABLE when its manifest is there and valid; a manifest of a newer format counts, so that opening it
     says to upgrade. A folder whose manifest is damaged is INCOMPLETE.
     """
-    found = resolve(local_path(path))
-    if not found.exists():
-        return Kind.MISSING
-    if not found.is_dir():
-        return Kind.SINGLE_FILE
-    return Kind.INCOMPLETE if is_staged(found) else _classify_folder(found)
+    found = resolve(as_path(path))
+    if isinstance(found, Path) and not found.is_dir():
+        return Kind.SINGLE_FILE if found.exists() else Kind.MISSING
+    if is_staged(found):
+        return Kind.INCOMPLETE
+    names = set(list_names(found))
+    if isinstance(found, RemotePath) and not names:
+        return Kind.SINGLE_FILE if found.is_file() else Kind.MISSING
+    return _classify_folder(found, names)
 
 
-def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
+def survey(root: PathLike, names: Iterable[str] | None = None) -> list[Found]:
+    """Reads the manifest of every ``step-*`` folder in ``root``, or of the folders ``names``: in no order.
+
+    Where there is none at all, nothing is found: such a folder is not ours, or was never finished.
+    """
+    folder = as_path(root)
+    paths = _step_paths(folder) if names is None else [folder / name for name in names]
+    looked = _each(_look, paths, at_once=isinstance(folder, RemotePath))
+    return [found for found in looked if found is not None]
+
+
+def list_checkpoints(root: PathLike) -> list[AnyPath]:
     """Returns the complete checkpoints ``step-*`` of the run folder ``root``, newest first.
 
     Newest is the highest ``sequence`` of the manifests, then the highest step. Folders without a valid manifest are
@@ -70,70 +113,108 @@ def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
     Raises:
         CheckpointVersionError: A checkpoint is of a newer format; passing over it would resume an older one.
     """
-    found = [(path, _manifest_of(path)) for path in _step_paths(local_path(root))]
-    complete = [(path, manifest) for path, manifest in found if manifest is not None]
-    complete.sort(key=lambda pair: (pair[1].sequence, pair[1].step or 0, pair[0].name), reverse=True)
-    return [path for path, _ in complete]
+    return [found.path for found in newest_first(survey(root))]
 
 
-def newest(root: str | os.PathLike[str]) -> Path | None:
+def newest_first(found: Iterable[Found]) -> list[Found]:
+    """Returns those that are complete, newest first.
+
+    Raises:
+        CheckpointVersionError: One is of a newer format; passing over it would resume an older one.
+    """
+    found = list(found)
+    for one in found:
+        if isinstance(one.error, CheckpointVersionError):
+            raise one.error
+    return sorted((one for one in found if one.manifest is not None), key=lambda one: one.order, reverse=True)
+
+
+def newest(root: PathLike) -> AnyPath | None:
     """Returns the newest complete checkpoint of the run folder ``root``, or None."""
     return next(iter(list_checkpoints(root)), None)
 
 
-def leftovers(root: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
+def leftovers(root: PathLike, *, name: str | None = None) -> list[AnyPath]:
     """Returns what unfinished saves and deletes left in ``root``: of ``step-*`` checkpoints, and of ``name``.
 
     An older checkpoint that waits under its retired name for lack of a newer one is not a leftover.
     """
-    found = [left for left in find_leftovers(local_path(root)) if left.of.name == name or is_step_name(left.of.name)]
+    folder = as_path(root)
+    if isinstance(folder, RemotePath):
+        return _remote_leftovers(folder, name)
+    found = [left for left in find_leftovers(folder) if left.of.name == name or is_step_name(left.of.name)]
     return [left.path for left in found if resolve(left.of) != left.path]
 
 
-def next_sequence(root: str | os.PathLike[str]) -> int:
-    """Returns one more than the highest sequence of the complete checkpoints in ``root``, 0 where there are none."""
-    folder = local_path(root)
-    paths = [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
-    found = [_sequence_of(path) for path in paths if (path / MANIFEST_NAME).is_file() and not is_staged(path)]
-    return max(found, default=-1) + 1
+def beside(target: AnyPath) -> list[Found]:
+    """The complete checkpoints among which a save to ``target`` finds its place: all siblings, and what it replaces.
+
+    On a remote store, where the folder above may hold anything, only ``step-*`` and ``target`` itself.
+    """
+    names = set(list_names(target.parent))
+    if isinstance(target, RemotePath):
+        names = {name for name in names if is_step_name(name)} | {target.name}
+    else:
+        names |= {left.of.name for left in find_leftovers(target.parent) if left.retired}
+        names = {name for name in names if not is_staged(target.with_name(name))}
+    return [found for found in survey(target.parent, sorted(names)) if found.manifest is not None]
 
 
-def _classify_folder(folder: Path) -> Kind:
-    if (folder / MANIFEST_NAME).is_file():
-        return Kind.RESUMABLE if _is_ours(folder) else Kind.INCOMPLETE
-    if (folder / METADATA_NAME).is_file():
+def _remote_leftovers(folder: RemotePath, name: str | None) -> list[AnyPath]:
+    paths = [folder / child for child in folder.names() if is_step_name(child) or child == name]
+    return list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
+
+
+def _left_in(folder: RemotePath) -> list[AnyPath]:
+    """What is left in one remote folder: all of it, or what its manifest does not name."""
+    names = set(folder.names())
+    ours = {name for name in names if is_replacing_name(name)}
+    try:
+        manifest = read_manifest(folder) if MANIFEST_NAME in names else None
+    except ResumeError:
+        return []
+    if manifest is None:
+        return [folder] if UNFINISHED_NAME in names else [folder / name for name in sorted(ours)]
+    if manifest.folder is None:
+        surplus = ours
+    else:
+        surplus = {n for n in names if is_data_name(n) or n in (METADATA_NAME, META_NAME)} | ours - {manifest.folder}
+    return [folder / name for name in sorted(surplus | names & {UNFINISHED_NAME})]
+
+
+def _look(path: AnyPath) -> Found | None:
+    try:
+        return Found(path=path, manifest=read_manifest(path))
+    except (CheckpointIncompleteError, FileNotFoundError):
+        return None
+    except ResumeError as error:
+        return Found(path=path, manifest=None, error=error)
+
+
+def _each(look: Callable[[P], T], paths: Sequence[P], *, at_once: bool) -> list[T]:
+    if not at_once or len(paths) < 2:
+        return [look(path) for path in paths]
+    with ThreadPoolExecutor(_REQUESTS) as requests:
+        return list(requests.map(look, paths))
+
+
+def _classify_folder(folder: AnyPath, names: set[str]) -> Kind:
+    if MANIFEST_NAME in names:
+        found = _look(folder)
+        usable = found is not None and (found.manifest is not None or isinstance(found.error, CheckpointVersionError))
+        return Kind.RESUMABLE if usable else Kind.INCOMPLETE
+    if UNFINISHED_NAME in names and isinstance(folder, RemotePath):
+        return Kind.INCOMPLETE
+    if METADATA_NAME in names:
         return Kind.SHARDED
-    if (folder / META_NAME).is_file() or any(folder.glob("__*.distcp")):
+    if META_NAME in names or any(map(is_data_name, names)) or any(map(is_replacing_name, names)):
         return Kind.INCOMPLETE
     return Kind.RUN_FOLDER if _step_paths(folder) else Kind.NOT_A_CHECKPOINT
 
 
-def _is_ours(folder: Path) -> bool:
-    try:
-        return _manifest_of(folder) is not None
-    except CheckpointVersionError:
-        return True
-
-
-def _manifest_of(path: Path) -> Manifest | None:
-    try:
-        return read_manifest(path)
-    except CheckpointVersionError:
-        raise
-    except ResumeError:
-        return None
-
-
-def _sequence_of(path: Path) -> int:
-    try:
-        return read_manifest(path).sequence
-    except ResumeError:
-        # a sequence only orders what can be loaded, so what cannot be read does not count
-        return -1
-
-
-def _step_paths(root: Path) -> list[Path]:
-    names = set(os.listdir(root)) if root.is_dir() else set()
-    # a checkpoint may for a moment have its retired name only
-    names |= {left.of.name for left in find_leftovers(root) if left.retired}
+def _step_paths(root: AnyPath) -> list[AnyPath]:
+    names = set(list_names(root))
+    if isinstance(root, Path):
+        # a checkpoint may for a moment have its retired name only
+        names |= {left.of.name for left in find_leftovers(root) if left.retired}
     return [root / name for name in sorted(names) if is_step_name(name)]

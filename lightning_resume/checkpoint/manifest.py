@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import xxhash
 
-from lightning_resume.checkpoint.names import MANIFEST_NAME, resolve
+from lightning_resume.checkpoint.names import MANIFEST_NAME, is_replacing_name, resolve
+from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes, size_of
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -28,7 +29,10 @@ Item: TypeAlias = tuple[int, int, str]
 
 _MAX_BYTES = 2**30
 _MAX_INTEGER = 2**63 - 1
+_MAX_REAL = 2**1023  # of whole numbers; float() of a larger one fails
 _HASH = re.compile(r"[0-9a-f]{32}")
+# what a manifest of version 1 may leave out
+_LATER_FIELDS: Mapping[str, Any] = {"folder": None, "metrics": {}, "weights_hash": None, "nonfinite": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,16 @@ class Manifest:
     save_seconds: float
     save_bytes_per_second: float
     metadata: Mapping[str, Any]
+    folder: str | None = None
+    """The folder within the checkpoint that holds its files, None where they lie beside the manifest."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weights_hash: str | None = None
+    """Of all trainable tensors, None where they are not known."""
+    nonfinite: tuple[str, ...] = ()
+    """The tensors that hold not-a-number or infinity, at most 20 of them by name."""
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: PathLike) -> Manifest:
     """Reads and checks the manifest of the checkpoint folder ``path``.
 
     Raises:
@@ -80,16 +91,18 @@ def read_manifest(path: str | Path) -> Manifest:
         CheckpointIncompleteError: The folder has no manifest.
         CheckpointVersionError: The manifest is of a newer format.
         CheckpointCorruptError: The manifest is not what was written; names the field.
+        OSError: It could not be read.
     """
-    folder = resolve(Path(path))
-    if not folder.is_dir():
+    folder = resolve(as_path(path))
+    if isinstance(folder, Path) and not folder.is_dir():
         raise CheckpointNotFoundError(f"There is no checkpoint folder at {path}.")
     file = folder / MANIFEST_NAME
-    if not file.is_file():
+    size = size_of(file)
+    if size is None:
         raise CheckpointIncompleteError(f"{folder} has no {MANIFEST_NAME}: the save that wrote it did not finish.")
-    if file.stat().st_size > _MAX_BYTES:
-        raise _corrupt(str(file), "size", f"at most {_MAX_BYTES} bytes", f"{file.stat().st_size} bytes")
-    return from_json(file.read_bytes(), source=str(file))
+    if size > _MAX_BYTES:
+        raise _corrupt(str(file), "size", f"at most {_MAX_BYTES} bytes", f"{size} bytes")
+    return from_json(read_bytes(file), source=str(file))
 
 
 def to_json(manifest: Manifest) -> str:
@@ -119,6 +132,7 @@ def from_json(text: str | bytes, *, source: str = MANIFEST_NAME) -> Manifest:
             f"{FORMAT_VERSION}. Upgrade: pip install --upgrade lightning-resume."
         )
     _check_checksum(body)
+    body = _Fields(source, "", {**_LATER_FIELDS, **body.body})
     return Manifest(
         format_version=version,
         step=body.optional("step", body.integer),
@@ -132,6 +146,10 @@ def from_json(text: str | bytes, *, source: str = MANIFEST_NAME) -> Manifest:
         save_seconds=body.number("save_seconds"),
         save_bytes_per_second=body.number("save_bytes_per_second"),
         metadata=body.mapping("metadata"),
+        folder=_folder(body),
+        metrics={name: float(body.inner("metrics").real(name)) for name in body.mapping("metrics")},
+        weights_hash=body.optional("weights_hash", body.hash),
+        nonfinite=tuple(body.texts("nonfinite")),
     )
 
 
@@ -189,6 +207,13 @@ def _item(entry: _Fields, where: str, item: object, size: int) -> Item:
     return offset, length, digest
 
 
+def _folder(body: _Fields) -> str | None:
+    name = body.optional("folder", body.text)
+    if name is not None and not is_replacing_name(name):
+        raise body.wrong("folder", "'save-' and 16 hexadecimal digits", name)
+    return name
+
+
 def _file_name(name: str, source: str) -> str:
     if not is_plain_name(name):
         raise _corrupt(source, "files", "names of files in the checkpoint's own folder", repr(name))
@@ -239,6 +264,22 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise self.wrong(name, "a finite number from 0", value)
         return float(value)
+
+    def real(self, name: str) -> float:
+        value = self.take(name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or (isinstance(value, int) and abs(value) > _MAX_REAL)
+        ):
+            raise self.wrong(name, "a number", value)
+        return float(value)
+
+    def texts(self, name: str) -> list[str]:
+        values = self.sequence(name)
+        if not all(isinstance(value, str) for value in values):
+            raise self.wrong(name, "a list of texts", values)
+        return values
 
     def text(self, name: str) -> str:
         return self.typed(name, str, "a text")

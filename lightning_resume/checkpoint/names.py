@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from lightning_resume.checkpoint.paths import AnyPath
+
 MANIFEST_NAME = "manifest.json"
 METADATA_NAME = ".metadata"
 META_NAME = "meta.pt"
+UNFINISHED_NAME = ".unfinished"
+"""Lies in a remote folder while it is filled or emptied: without a manifest beside it, nothing in there counts."""
 LEAF_PREFIX = "resume."
 
 _STEP = re.compile(r"step-(\d{8,})")
+_REPLACING = re.compile(r"save-[0-9a-f]{16}")
+_DATA = re.compile(r"__\d+_\d+\.distcp")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<stage>tmp|old)-[0-9a-f]{16}")
 
 
@@ -29,8 +35,21 @@ def is_step_name(name: str) -> bool:
     return _STEP.fullmatch(name) is not None
 
 
-def data_name(rank: int) -> str:
-    return f"__{rank}_0.distcp"
+def data_name(rank: int, part: int = 0) -> str:
+    return f"__{rank}_{part}.distcp"
+
+
+def is_data_name(name: str) -> bool:
+    return _DATA.fullmatch(name) is not None
+
+
+def replacing_name() -> str:
+    """Returns a fresh name for the folder, within a remote checkpoint, of a save that replaces what is there."""
+    return f"save-{uuid4().hex[:16]}"
+
+
+def is_replacing_name(name: str) -> bool:
+    return _REPLACING.fullmatch(name) is not None
 
 
 def staged_path(target: Path) -> Path:
@@ -59,9 +78,9 @@ def as_leftover(path: Path) -> Leftover | None:
     return Leftover(path=path, of=path.with_name(match["name"]), retired=match["stage"] == "old")
 
 
-def is_staged(path: Path) -> bool:
+def is_staged(path: AnyPath) -> bool:
     """Says whether ``path`` is a folder that a save was still filling, or a delete was emptying."""
-    leftover = as_leftover(path)
+    leftover = as_leftover(path) if isinstance(path, Path) else None
     return leftover is not None and not leftover.retired
 
 
@@ -74,13 +93,13 @@ def find_leftovers(root: Path) -> Iterator[Leftover]:
             yield leftover
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: AnyPath) -> AnyPath:
     """Returns where the checkpoint ``path`` really lies.
 
     A crash between the two renames of an overwriting save (on filesystems that cannot exchange two names at once)
     leaves the older checkpoint, whole, under its retired name; that name is returned then.
     """
-    if os.path.lexists(path):
+    if not isinstance(path, Path) or os.path.lexists(path):
         return path
     retired = [left.path for left in find_leftovers(path.parent) if left.retired and left.of == path]
     return max(retired, key=lambda old: old.lstat().st_mtime_ns, default=path)

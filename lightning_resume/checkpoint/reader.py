@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,11 +25,11 @@ from lightning_resume.checkpoint._dcp import (
     unflatten_state_dict,
 )
 from lightning_resume.checkpoint.catalog import Catalog, TensorInfo
-from lightning_resume.checkpoint.filesystem import local_path
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
 from lightning_resume.checkpoint.names import MANIFEST_NAME, META_NAME, METADATA_NAME, is_staged
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, size_of
 from lightning_resume.checkpoint.safe import load_tensor, safe_load
 from lightning_resume.errors import (
     CheckpointCorruptError,
@@ -42,6 +42,9 @@ from lightning_resume.errors import (
 __all__ = ["CheckpointReader", "TensorInfo"]
 
 T = TypeVar("T")
+
+_READERS = 8  # at once
+_AHEAD_BYTES = 2**28  # at most so much is read before it is used, or one item
 
 
 class CheckpointReader:
@@ -59,8 +62,8 @@ class CheckpointReader:
         UnsafeCheckpointError: ``.metadata`` could run code.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, trust: bool = False) -> None:
-        self.path: Path = local_path(path)
+    def __init__(self, path: PathLike, *, trust: bool = False) -> None:
+        self.path: AnyPath = as_path(path)
         self.manifest: Manifest | None = _open(self.path)
         self.trust: bool = trust
         self._source = ItemSource(resolve(self.path), self.manifest)
@@ -148,13 +151,32 @@ class CheckpointReader:
         data = self._source.whole(META_NAME)
         return self._decode(META_NAME, partial(safe_load, data, trust=self.trust or not weights_only))
 
-    def verify(self) -> None:
-        """Reads every file and checks it against the manifest; of a stock checkpoint there is nothing to check.
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """The bytes of every file that can be verified; none of a stock checkpoint."""
+        return {} if self.manifest is None else {name: entry.bytes for name, entry in self.manifest.files.items()}
+
+    def verify(self, files: Iterable[str] | None = None, *, read: Callable[[int], None] = lambda _: None) -> None:
+        """Reads the ``files``, by default all, in parallel, and checks them; ``read`` is told of every so many bytes.
+
+        Of a stock checkpoint there is nothing to check.
 
         Raises:
             CheckpointCorruptError: A file is missing or differs from what was saved; names it.
         """
-        self._source.verify()
+        with ThreadPoolExecutor(_READERS) as readers:
+            wanted = self.file_bytes if files is None else files
+            checks = [readers.submit(self._source.verify_file, name, self._items_in(name), read) for name in wanted]
+            try:
+                for check in checks:
+                    check.result()
+            finally:
+                readers.shutdown(cancel_futures=True)
+
+    def _items_in(self, name: str) -> dict[int, str]:
+        """The key of each item in the file ``name``, by the byte at which it begins."""
+        places = self._catalog.metadata.storage_data.items()
+        return {info.offset: index.fqn for index, info in places if info.relative_path == name}
 
     def _check_fits(self, flat: Mapping[str, Any]) -> None:
         for key, value in flat.items():
@@ -173,14 +195,37 @@ class CheckpointReader:
         for key in flat:
             self._catalog.check_covered(key)
         values: dict[str, Any] = {}
-        for info, requests in self._requests(flat):
+        for requests, data in self._items(self._requests(flat)):
             key = requests[0].storage_index.fqn
-            data = self._source.item(key, info)
             if requests[0].type == LoadItemType.BYTE_IO:
                 values[key] = self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))
             else:
                 self._copy(flat, self._as_tensor(key, data), requests)
         return values
+
+    def _items(self, wanted: Iterator[tuple[StorageInfo, list[ReadItem]]]) -> Iterator[tuple[list[ReadItem], bytes]]:
+        """Yields the verified bytes of each stored item; those of a remote store are read ahead, in parallel."""
+        if not self._source.is_remote:
+            for info, requests in wanted:
+                yield requests, self._source.item(requests[0].storage_index.fqn, info)
+            return
+        ahead: deque[tuple[list[ReadItem], int, Future[bytes]]] = deque()
+        pending = 0
+        with ThreadPoolExecutor(_READERS) as readers:
+            try:
+                for info, requests in wanted:
+                    future = readers.submit(self._source.item, requests[0].storage_index.fqn, info)
+                    ahead.append((requests, info.length, future))
+                    pending += info.length
+                    while pending > _AHEAD_BYTES or len(ahead) > 2 * _READERS:
+                        first, length, future = ahead.popleft()
+                        pending -= length
+                        yield first, future.result()
+                while ahead:
+                    first, _, future = ahead.popleft()
+                    yield first, future.result()
+            finally:
+                readers.shutdown(cancel_futures=True)
 
     def _requests(self, flat: dict[str, Any]) -> Iterator[tuple[StorageInfo, list[ReadItem]]]:
         """Yields each stored item that ``flat`` needs, once and in the order of the files, with all that is wanted."""
@@ -215,10 +260,10 @@ class CheckpointReader:
             ) from error
 
 
-def _open(path: Path) -> Manifest | None:
+def _open(path: AnyPath) -> Manifest | None:
     """Returns the manifest of our checkpoint at ``path``, None for a stock one; raises where there is neither."""
     found = resolve(path)
-    if (found / MANIFEST_NAME).is_file() and not is_staged(found):
+    if size_of(found / MANIFEST_NAME) is not None and not is_staged(found):
         return read_manifest(path)
     kind = classify(path)
     if kind is Kind.SHARDED:
@@ -231,7 +276,7 @@ def _open(path: Path) -> Manifest | None:
     raise CheckpointNotFoundError(f"There is no checkpoint folder at {path}: found {kind.value}.{_hint(path, kind)}")
 
 
-def _hint(path: Path, kind: Kind) -> str:
+def _hint(path: AnyPath, kind: Kind) -> str:
     if kind is Kind.RUN_FOLDER:
         names = [checkpoint.name for checkpoint in list_checkpoints(path)]
         return f" Load one of its checkpoints, newest first: {', '.join(names) or 'none of them is complete'}."

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan, SavePlanner, StorageWriter, WriteItem
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
@@ -21,24 +24,37 @@ from lightning_resume.checkpoint._dcp import CheckpointException, StorageInfo, d
 from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
 from lightning_resume.checkpoint.manifest import FileEntry, Item
 from lightning_resume.checkpoint.names import METADATA_NAME, data_name
+from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.errors import CheckpointSaveError
 
-__all__ = ["CheckpointException", "write_shards"]
+__all__ = ["CheckpointException", "Shards", "write_shards"]
 
 _DCP_VERSION = "1.0.0"
+_UPLOADS = 4  # at once, from each rank
+_LEAST_PART_BYTES = 2**24
+_MOST_NAMES = 20
 
 
-def write_shards(folder: Path, state: dict[str, Any]) -> dict[str, FileEntry]:
-    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written, by file name.
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """What was written: every file by name, and what is known of the weights among it."""
 
-    Must be called on all ranks.
+    files: dict[str, FileEntry]
+    weights_hash: str | None
+    nonfinite: tuple[str, ...]
+
+
+def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[str] = ()) -> Shards:
+    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written.
+
+    Must be called on all ranks. ``weights`` names, by flat key, the tensors that training changes.
 
     Raises:
         CheckpointException: It failed on at least one rank; raised on all. This is a BaseException.
     """
-    writer = _ShardWriter(folder)
+    writer = _ShardWriter(folder, frozenset(weights))
     save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed())
-    return writer.files
+    return writer.shards
 
 
 class _Planner(DefaultSavePlanner):
@@ -51,15 +67,17 @@ class _Planner(DefaultSavePlanner):
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
-    """One written item; carries the entry of its file to the coordinator."""
+    """One written item; carries its hash and the entry of its file to the coordinator."""
 
     file: FileEntry
+    hash: str
+    finite: bool
 
 
 class _ShardWriter(StorageWriter):
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, FileEntry] = {}
-        self._folder = folder
+    def __init__(self, folder: AnyPath, weights: frozenset[str]) -> None:
+        self.shards = Shards(files={}, weights_hash=None, nonfinite=())
+        self._folder, self._weights = folder, weights
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -71,11 +89,11 @@ class _ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=data_name(rank)) for rank, plan in enumerate(plans)]
+        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
-            written = _write_plan(self._folder, plan, planner)
+            written = _write_plan(self._folder, plan, planner, self._weights)
         except OSError:
             raise
         except Exception as error:
@@ -90,46 +108,102 @@ class _ShardWriter(StorageWriter):
         _check_all_written(metadata, written)
         metadata.version = _DCP_VERSION
         metadata.storage_data = {result.index: result.storage_data for result in written}
-        self.files = {result.storage_data.relative_path: result.file for result in written}  # type: ignore[attr-defined]
+        files = {result.storage_data.relative_path: result.file for result in written}  # type: ignore[attr-defined]
         with HashedFile(self._folder / METADATA_NAME) as file:
             file.write(dump_metadata(metadata))
-        self.files[METADATA_NAME] = file.entry()
+        files[METADATA_NAME] = file.entry()
+        nonfinite = sorted({result.index.fqn for result in written if not result.finite})  # type: ignore[attr-defined]
+        self.shards = Shards(
+            files=files, weights_hash=_hash_of(written, self._weights), nonfinite=tuple(nonfinite[:_MOST_NAMES])
+        )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's name
         return True
 
 
-def _write_plan(folder: Path, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-    if not plan.items:
-        return []
-    name: str = plan.storage_data
-    with HashedFile(folder / name) as file:
-        items = [(item.index, _write_item(file, planner.resolve_data(item))) for item in _in_order(plan.items)]
+def _write_plan(folder: AnyPath, plan: SavePlan, planner: SavePlanner, weights: frozenset[str]) -> list[WriteResult]:
+    """Writes this rank's items: to one local file, or to several remote ones at once."""
+
+    def write(part: int, items: Sequence[WriteItem]) -> list[WriteResult]:
+        return _write_part(folder / data_name(plan.storage_data, part), items, planner, weights)
+
+    if isinstance(folder, Path):
+        return write(0, plan.items) if plan.items else []
+    parts = _divide(plan.items)
+    with ThreadPoolExecutor(_UPLOADS) as uploads:
+        results = list(uploads.map(write, range(len(parts)), parts))
+    return [result for of_part in results for result in of_part]
+
+
+def _divide(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    """Divides items into parts of about equal size, the largest first; a part has at least so many bytes."""
+    sizes = {id(item): _bytes_of(item) for item in items}
+    count = max(1, min(_UPLOADS, sum(sizes.values()) // _LEAST_PART_BYTES, len(items)))
+    parts: list[list[WriteItem]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for item in sorted(items, key=lambda item: sizes[id(item)], reverse=True):
+        least = filled.index(min(filled))
+        parts[least].append(item)
+        filled[least] += sizes[id(item)]
+    return [part for part in parts if part]
+
+
+def _bytes_of(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _write_part(
+    path: AnyPath, items: Sequence[WriteItem], planner: SavePlanner, weights: frozenset[str]
+) -> list[WriteResult]:
+    with HashedFile(path) as file:
+        written = [_write_item(file, item, planner, weights) for item in _in_order(items)]
     entry = file.entry()
-    return [_result(index, name, item, entry) for index, item in items]
+    return [
+        _Written(index, item[1], StorageInfo(path.name, item[0], item[1]), file=entry, hash=item[2], finite=finite)
+        for index, item, finite in written
+    ]
 
 
 def _in_order(items: Iterable[WriteItem]) -> list[WriteItem]:
     return sorted(items, key=lambda item: item.type != WriteItemType.BYTE_IO)
 
 
-def _write_item(file: HashedFile, data: torch.Tensor | io.BytesIO) -> Item:
+def _write_item(
+    file: HashedFile, item: WriteItem, planner: SavePlanner, weights: frozenset[str]
+) -> tuple[MetadataIndex, Item, bool]:
+    data = planner.resolve_data(item)
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
-    else:
-        torch_save(_compact(data.detach().cpu()), file)
-    return file.end_item()
+        return item.index, file.end_item(), True
+    tensor = _compact(data.detach().cpu())
+    torch_save(tensor, file)
+    return item.index, file.end_item(), item.index.fqn not in weights or _is_finite(tensor)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    # one value that is not finite makes the sum so; the sum is one pass without a copy, but may overflow by itself
+    wide = torch.complex128 if tensor.is_complex() else torch.float32
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _hash_of(written: Iterable[WriteResult], weights: frozenset[str]) -> str | None:
+    """Hashes the hashes of the weights, so in time that does not depend on their size."""
+    told = sorted(
+        (result.index.fqn, tuple(result.index.offset or ()), result.hash)  # type: ignore[attr-defined]
+        for result in written
+        if result.index.fqn in weights
+    )
+    return xxhash.xxh3_128_hexdigest(repr(told).encode()) if told else None
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     # a view is saved with the whole storage under it
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _result(index: MetadataIndex, name: str, item: Item, file: FileEntry) -> _Written:
-    offset, length, _ = item
-    return _Written(index, length, StorageInfo(name, offset, length), file)
 
 
 def _check_same_tensors(plans: list[SavePlan]) -> None:

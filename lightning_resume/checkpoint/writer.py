@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
 import platform
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 
 from lightning_resume._distributed import RemoteError, agree, all_gather_object, broadcast_object, on_rank_zero, rank
-from lightning_resume.checkpoint import commit
-from lightning_resume.checkpoint.filesystem import HashedFile, discard, local_path, torch_save
-from lightning_resume.checkpoint.layout import next_sequence
-from lightning_resume.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, to_json
+from lightning_resume.checkpoint.commit import Commit, begin, clean_leftovers
+from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
+from lightning_resume.checkpoint.layout import beside
+from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, to_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
-from lightning_resume.checkpoint.shards import CheckpointException, write_shards
-from lightning_resume.errors import CheckpointSaveError, ResumeError
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
+from lightning_resume.checkpoint.shards import CheckpointException, Shards, write_shards
+from lightning_resume.errors import CheckpointSaveError, NonFiniteWarning, ResumeError, StaleCheckpointWarning
 
 _PACKAGES = {
     "lightning_resume": ("lightning-resume",),
@@ -37,7 +37,7 @@ _PACKAGES = {
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     state: dict[str, Any],
     leaves: Mapping[str, bytes],
@@ -47,6 +47,8 @@ def write_checkpoint(
     epoch: int | None = None,
     topology: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    weights: Collection[str] = (),
 ) -> Manifest:
     """Saves one checkpoint; when this returns on any rank, it is whole and durable at ``path``.
 
@@ -54,7 +56,7 @@ def write_checkpoint(
     value that several ranks hold under one key is stored as the lowest of these ranks has it.
 
     Args:
-        path: A local folder (of a filesystem that all ranks share). A checkpoint there is replaced at once.
+        path: A folder, local (of a filesystem that all ranks share) or by URL. A checkpoint there is replaced at once.
         state: Nested dict of tensors, DTensors, ShardedTensors and plain values, stored as ``dcp.save`` would.
         leaves: Opaque bytes of this rank by key; every key begins with ``resume.`` and belongs to one rank, or to
             several ranks that give the same bytes.
@@ -64,11 +66,14 @@ def write_checkpoint(
         epoch: Epochs so far.
         topology: What the manifest says of the topology, as JSON can hold it.
         metadata: The user's own, as JSON can hold it.
+        metrics: What the checkpoint may be chosen by.
+        weights: The flat keys of the tensors that training changes, which are looked at for values that are not
+            finite, and for having changed since the last save beside it.
 
     Raises:
         CheckpointSaveError: Something failed on at least one rank. Raised on every rank; what was at ``path`` is
             still there and nothing else is left.
-        RemoteStorageError: ``path`` is a URL.
+        MissingPackageError: ``path`` is a URL whose package is not installed.
     """
     draft = Manifest(
         step=step,
@@ -82,11 +87,12 @@ def write_checkpoint(
         save_seconds=0.0,
         save_bytes_per_second=0.0,
         metadata=dict(metadata or {}),
+        metrics=dict(metrics or {}),
     )
-    target: Path | None = None
+    target: AnyPath | None = None
     try:
-        target = broadcast_object(agree("checking the path", partial(local_path, path)))
-        return _save(target, _gather_state(state, leaves), meta, draft)
+        target = broadcast_object(agree("checking the path", partial(as_path, path)))
+        return _save(target, _gather_state(state, leaves), meta, draft, weights)
     except (Exception, CheckpointException) as error:
         if isinstance(error, ResumeError) and not isinstance(error, RemoteError):
             raise
@@ -96,42 +102,62 @@ def write_checkpoint(
         raise _explain(error, target or path) from cause
 
 
-def _save(target: Path, state: dict[str, Any], meta: object, draft: Manifest) -> Manifest:
+def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest, weights: Collection[str]) -> Manifest:
     started = time.perf_counter()
-    staged = on_rank_zero("making the folder", partial(_begin, target, draft))
+    commit = on_rank_zero("making the folder", partial(_begin, target, draft))
     try:
-        files = write_shards(staged, state)
-        return on_rank_zero("the commit", partial(_finish, target, staged, files, meta, draft, started))
+        shards = write_shards(commit.folder, state, weights=weights)
+        return on_rank_zero("the commit", partial(_finish, target, commit, shards, meta, draft, started))
     except BaseException:
-        if rank() == 0 and staged.exists():
-            discard(staged)
+        if rank() == 0:
+            commit.abandon()
         raise
 
 
-def _begin(target: Path, draft: Manifest) -> Path:
+def _begin(target: AnyPath, draft: Manifest) -> Commit:
     # what JSON cannot hold is found before the long writing
     to_json(draft)
-    return commit.stage(target)
+    return begin(target)
 
 
-def _finish(
-    target: Path, staged: Path, files: dict[str, FileEntry], meta: object, draft: Manifest, started: float
-) -> Manifest:
-    with HashedFile(staged / META_NAME) as file:
+def _finish(target: AnyPath, commit: Commit, shards: Shards, meta: object, draft: Manifest, started: float) -> Manifest:
+    with HashedFile(commit.folder / META_NAME) as file:
         torch_save({} if meta is None else meta, file)
-    files = {**files, META_NAME: file.entry()}
+    files = {**shards.files, META_NAME: file.entry()}
     seconds = time.perf_counter() - started
+    last = max((found.manifest for found in beside(target) if found.manifest), key=lambda m: m.sequence, default=None)
     manifest = replace(
         draft,
-        sequence=next_sequence(target.parent),
+        sequence=0 if last is None else last.sequence + 1,
         files=files,
         save_seconds=round(seconds, 6),
         save_bytes_per_second=round(sum(entry.bytes for entry in files.values()) / seconds, 3),
+        weights_hash=shards.weights_hash,
+        nonfinite=shards.nonfinite,
     )
-    commit.seal(staged, manifest)
-    commit.publish(staged, target)
-    commit.clean_leftovers(target.parent, name=target.name)
+    commit.publish(manifest)
+    clean_leftovers(target.parent, name=target.name)
+    _warn_of_weights(target, last, manifest)
     return manifest
+
+
+def _warn_of_weights(target: AnyPath, last: Manifest | None, saved: Manifest) -> None:
+    if saved.nonfinite:
+        warnings.warn(
+            f"The checkpoint {target} holds weights that are not finite: {', '.join(saved.nonfinite)}. It is saved,"
+            " and marked so in its manifest. Go on from an older one.",
+            NonFiniteWarning,
+            stacklevel=2,
+        )
+    if last is None or saved.weights_hash is None or saved.weights_hash != last.weights_hash:
+        return
+    if (saved.step or 0) > (last.step or 0):
+        warnings.warn(
+            f"No weight has changed between step {last.step} and step {saved.step}, whose checkpoint is {target}. Is"
+            " the optimizer given the parameters of this model, and is its learning rate above 0?",
+            StaleCheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _gather_state(state: dict[str, Any], leaves: Mapping[str, bytes]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_resume.checkpoint.commit import commit_file
-from lightning_resume.checkpoint.filesystem import local_path, torch_save
+from lightning_resume.checkpoint.filesystem import torch_save
+from lightning_resume.checkpoint.paths import PathLike, as_path, exists
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.errors import CheckpointCorruptError
 
@@ -18,32 +18,30 @@ _OPTIMIZER = "optimizer_"
 _OURS = "lightning_resume"
 
 
-def consolidate(
-    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, trust: bool = False
-) -> Path:
-    """Writes a checkpoint folder, ours or a stock sharded one, into one file; returns its path.
+def consolidate(checkpoint: PathLike, output: PathLike | None = None, *, trust: bool = False) -> Path | str:
+    """Writes a checkpoint folder, ours or a stock sharded one, into one file; returns its path or URL.
 
     Needs no GPU and no process group, but memory for the whole checkpoint. A Fabric checkpoint keeps the user's own
     names; a Trainer checkpoint becomes what the Trainer writes in one file, with optimizer states keyed by parameter
     name. Data position and RNG are left out: resume a run from the folder itself.
 
     Args:
-        checkpoint: The checkpoint folder.
-        output: The file to write; by default ``<checkpoint>.consolidated``.
+        checkpoint: The checkpoint folder, a path or any fsspec URL.
+        output: The file to write, a path or any fsspec URL; by default ``<checkpoint>.consolidated``.
         trust: Let stored objects be of any class, which can run code that the checkpoint's writer chose.
 
     Raises:
         FileExistsError: There is something at ``output``.
         ResumeError: ``checkpoint`` is not a checkpoint folder, or it is incomplete, damaged or unsafe.
     """
-    source = local_path(checkpoint)
-    target = source.with_name(f"{source.name}.consolidated") if output is None else local_path(output)
-    if os.path.lexists(target):
+    source = as_path(checkpoint)
+    target = source.with_name(f"{source.name}.consolidated") if output is None else as_path(output)
+    if exists(target):
         raise FileExistsError(f"{target} exists. Move or delete it, or choose another file with output (--output).")
     reader = CheckpointReader(source, trust=trust)
     content = _content(reader.read(), _meta(reader))
     commit_file(target, lambda file: torch_save(content, file))
-    return target
+    return target if isinstance(target, Path) else str(target)
 
 
 def _meta(reader: CheckpointReader) -> dict[str, Any]:
