@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     L.seed_everything(7, verbose=False)
     sharded = args.devices > 1
-    callbacks: list[L.Callback] = [ResumeCallback(args.run, every_n_train_steps=args.save_every, keep_last=None)]
+    callbacks: list[L.Callback] = [ResumeCallback(args.run, every_n_train_steps=args.save_every, keep=None)]
     if args.journal:
         callbacks.append(Journal(args.journal))
     trainer = L.Trainer(

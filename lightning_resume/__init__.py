@@ -1,6 +1,7 @@
 """Makes a resumed PyTorch Lightning run the same run."""
 
 from lightning_resume.callback import ResumeCallback
+from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, KeepLast
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
@@ -11,10 +12,19 @@ from lightning_resume.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
     CheckpointVersionError,
+    FallBackWarning,
+    MissingPackageError,
+    NonFiniteWarning,
+    RankLostError,
+    ReplicaMismatchError,
     ResumeError,
+    ResumeWarning,
+    StaleCheckpointWarning,
+    StorageError,
     UnsafeCheckpointError,
 )
 from lightning_resume.export.consolidate import consolidate
+from lightning_resume.manager import CheckpointInfo, CheckpointManager, list_checkpoints, prune
 from lightning_resume.strategies import (
     ResumableDDPStrategy,
     ResumableFSDPStrategy,
@@ -22,17 +32,29 @@ from lightning_resume.strategies import (
     ResumableSingleDeviceStrategy,
     ResumeMixin,
 )
+from lightning_resume.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointCorruptError",
     "CheckpointIncompleteError",
+    "CheckpointInfo",
+    "CheckpointManager",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointSaveError",
     "CheckpointVersionError",
     "ElasticSampler",
+    "FallBackWarning",
+    "KeepAll",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "MissingPackageError",
+    "NonFiniteWarning",
+    "RankLostError",
+    "ReplicaMismatchError",
     "ResumableDDPStrategy",
     "ResumableDataLoader",
     "ResumableFSDPStrategy",
@@ -41,8 +63,15 @@ __all__ = [
     "ResumeCallback",
     "ResumeError",
     "ResumeMixin",
+    "ResumeWarning",
+    "StaleCheckpointWarning",
+    "StorageError",
     "Tail",
     "UnsafeCheckpointError",
+    "Verification",
     "consolidate",
+    "list_checkpoints",
     "make_resumable",
+    "prune",
+    "verify",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lightning_resume.errors import ResumeError
+from lightning_resume.errors import RankLostError, ResumeError
 
 T = TypeVar("T")
 
@@ -31,7 +32,8 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     if world_size() == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=src, device=_object_device())
+    with _together():
+        dist.broadcast_object_list(box, src=src, device=_object_device())
     return box[0]
 
 
@@ -40,8 +42,22 @@ def all_gather_object(obj: T) -> list[T]:
     if world_size() == 1:
         return [obj]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, obj)
+    with _together():
+        dist.all_gather_object(box, obj)
     return box
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around a collective: names what it means that one fails."""
+    try:
+        yield
+    except RuntimeError as error:  # DistBackendError, DistNetworkError and gloo's own are
+        raise RankLostError(
+            f"Rank {rank()} waited for the others, but at least one has ended or did not answer in time"
+            f" ({str(error).splitlines()[0]}). Look for the first error in the logs of the other ranks, then start the"
+            " run again: it goes on from its newest checkpoint."
+        ) from error
 
 
 class RemoteError(ResumeError, RuntimeError):
@@ -61,7 +77,10 @@ def agree(what: str, act: Callable[[], T]) -> T:
         result = act()
     except Exception as caught:
         error = caught
-    told = all_gather_object(None if error is None else _Failure.of(error))
+    try:
+        told = all_gather_object(None if error is None else _Failure.of(error))
+    except RankLostError as lost:
+        raise error or lost  # noqa: B904 - the error of this rank is the nearer one
     if error is not None:
         raise error
     failed = {r: failure for r, failure in enumerate(told) if failure is not None}

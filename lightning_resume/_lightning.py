@@ -43,6 +43,7 @@ __all__ = [
     "SingleDeviceStrategy",
     "fit_argument",
     "is_fitting",
+    "is_interrupt",
     "is_sharded",
     "rank_zero_info",
     "rank_zero_warn",
@@ -59,6 +60,11 @@ def user_checkpoint_io(strategy: Any) -> Any:
 def is_sharded(strategy: Any) -> bool:
     """Whether a Trainer strategy shards the model and loads it itself: FSDP and ModelParallel."""
     return {"FSDPStrategy", "ModelParallelStrategy"} & {cls.__name__ for cls in type(strategy).__mro__} != set()
+
+
+def is_interrupt(exception: BaseException) -> bool:
+    """Whether somebody ended the run, and not an error of its own."""
+    return isinstance(exception, KeyboardInterrupt) or type(exception).__name__ == "SIGTERMException"
 
 
 def is_fitting(trainer: Any) -> bool:
@@ -190,6 +196,11 @@ class Loops:
         return getattr(self._fit._combined_loader, "_iterator", None)
 
     # -- metrics
+
+    def metrics(self) -> dict[str, float]:
+        """What was logged last, as numbers."""
+        found = self.trainer.callback_metrics.items()
+        return {name: float(value) for name, value in found if getattr(value, "numel", lambda: 1)() == 1}
 
     def set_callback_metrics(self, metrics: Mapping[str, Any]) -> None:
         self.trainer._logger_connector._callback_metrics.update(metrics)

@@ -18,10 +18,13 @@ from typing import Any
 from lightning_resume import _distributed, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
 from lightning_resume.checkpoint.components import SavedComponents
+from lightning_resume.checkpoint.layout import Found, Kind
+from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
+from lightning_resume.run_folder import RunFolder
 from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies
 from lightning_resume.state.component import Component, Sharing
@@ -96,13 +99,18 @@ class TrainerBinding:
         *,
         on_step: Callable[[], None],
         on_epoch: Callable[[], None],
-        find: Callable[[], str | None],
+        find: Callable[[], list[Found]],
+        folder: RunFolder,
         trust: bool,
+        verify: loading.Verify,
+        validate: Validate | None,
     ) -> None:
         self.trainer = trainer
         self._on_step, self._on_epoch, self._find, self._trust = on_step, on_epoch, find, trust
+        self._folder = folder
+        self._found: list[Found] = []
         self._loops = Loops(trainer)
-        self.checkpoints = TrainerCheckpoints(trainer, self._loops)
+        self.checkpoints = TrainerCheckpoints(trainer, self._loops, verify=verify, validate=validate)
         self._phase = Phase.BETWEEN_EPOCHS
         self._boundary: Boundary | None = None
         self._rng_before: rng.RngState | None = None
@@ -212,18 +220,25 @@ class TrainerBinding:
     # -- loading
 
     def _resume_start(self, stock: Callable[..., None], path: Any = None, *args: Any, **kwargs: Any) -> None:
-        if path is None and is_fitting(self.trainer):
-            path = self._find()
+        self._found = self._find() if path is None and is_fitting(self.trainer) else []
+        if self._found:
+            path = str(self._found[0].path)
         stock(path, *args, **kwargs)
 
     def _load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._resume = None
-        found, kind = loading.locate(checkpoint_path)
         weights_only = fit_argument(self.trainer, "weights_only", weights_only)
         trust = self._trust or weights_only is False
-        loaded = self.checkpoints.load(found, kind, trust=trust, check=self._check_components)
+        if self._found:
+            load = lambda path: self._load_from(str(path), Kind.RESUMABLE, trust)  # noqa: E731
+            return self._folder.load_newest(load, self._found)
+        candidates, kind = loading.locate(checkpoint_path)
+        return loading.load_first(candidates, lambda path: self._load_from(path, kind, trust))
+
+    def _load_from(self, path: str, kind: Kind, trust: bool) -> dict[str, Any]:
+        loaded = self.checkpoints.load(path, kind, trust=trust, check=self._check_components)
         if is_fitting(self.trainer):
-            self._take(found, loaded)
+            self._take(path, loaded)
         return loaded.remainder
 
     def _check_components(self, components: SavedComponents | None) -> None:

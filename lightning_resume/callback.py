@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
 from lightning_resume import _distributed
-from lightning_resume._lightning import Checkpoint, is_fitting, rank_zero_info
+from lightning_resume._lightning import Checkpoint, is_fitting, is_interrupt, rank_zero_info
 from lightning_resume.binding import TrainerBinding
-from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
-from lightning_resume.checkpoint.layout import list_checkpoints, newest, step_name
-from lightning_resume.checkpoint.retention import superseded
+from lightning_resume.checkpoint.layout import Found, newest, step_name
+from lightning_resume.checkpoint.retention import Policy
+from lightning_resume.checkpoint.validation import Validate
+from lightning_resume.loading import Verify
+from lightning_resume.run_folder import RunFolder
+from lightning_resume.saving import OnSaveError
 
 
 class ResumeCallback(Checkpoint):
@@ -32,14 +36,24 @@ class ResumeCallback(Checkpoint):
     saved.
 
     Args:
-        dirpath: The run folder.
+        dirpath: The run folder: a path, or any fsspec URL (``s3://``, ``gs://``, ``az://``, ``sftp://``, ...).
         every_n_train_steps: Save every so many optimizer steps.
         every_n_epochs: Save every so many epochs.
         train_time_interval: Save when this much time has passed since the last save, by rank 0's clock.
-        keep_last: How many checkpoints to keep, ``None`` for all; one is deleted after a newer one is durable.
-        resume: ``"auto"``, or ``"never"`` to start fresh unless ``fit(ckpt_path=...)`` is given.
+        keep: Which checkpoints to keep: the number of the newest, ``None`` for all, or policies such as
+            ``KeepLast(3) | KeepBest(1, "val_loss") | KeepEvery(steps=10_000)``. The others are deleted in the
+            background after a newer one is durable; the newest is never deleted.
+        resume: ``"auto"``, or ``"never"`` to start fresh unless ``fit(ckpt_path=...)`` is given. ``"auto"`` takes the
+            newest checkpoint that is whole, and loudly an older one where that is damaged or set aside.
+        max_attempts: A checkpoint is set aside when the run has been begun from it so many times and ended each time
+            within 10 steps. ``None`` never sets one aside.
+        verify: ``"read"`` compares a checkpoint with its hashes as it is read, ``"first"`` all of it before.
+        validate: Whether tensors that ranks hold alike (all of DDP's) are compared before a save: ``"quick"`` by one
+            hash of all, ``"full"`` tensor by tensor, ``None`` not at all.
+        on_save_error: ``"raise"``, or ``"warn"`` to train on without that checkpoint; older ones are untouched.
         trust: Let checkpoints hold objects of any class. Loading such an object can run code: only for checkpoints
             that nobody else could have written. The same as ``fit(weights_only=False)``.
+        storage_options: Arguments of the fsspec filesystem for ``dirpath``, beyond fsspec's own configuration.
 
     Raises:
         ValueError: An argument is out of its bounds.
@@ -52,16 +66,19 @@ class ResumeCallback(Checkpoint):
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         train_time_interval: timedelta | None = None,
-        keep_last: int | None = 3,
+        keep: Policy | int | Iterable[Policy] | None = 3,
         resume: str = "auto",
+        max_attempts: int | None = 2,
+        verify: str = "read",
+        validate: str | None = None,
+        on_save_error: str = "raise",
         trust: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; pass at least 1, or None to leave it out.")
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; pass at least 1, or None to keep all checkpoints.")
         if resume not in ("auto", "never"):
             raise ValueError(
                 f"resume is {resume!r}; pass 'auto' or 'never'. To resume from a certain checkpoint, use"
@@ -71,16 +88,20 @@ class ResumeCallback(Checkpoint):
             every_n_epochs = 1
         self.dirpath = os.fspath(dirpath)
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
-        self.train_time_interval, self.keep_last = train_time_interval, keep_last
+        self.train_time_interval = train_time_interval
         self.resume, self.trust = resume, trust
+        self.verify, self.validate = Verify(verify), None if validate is None else Validate(validate)
+        self.on_save_error = OnSaveError(on_save_error)
+        self._folder = RunFolder(dirpath, keep=keep, max_attempts=max_attempts, storage_options=storage_options)
         self._binding: TrainerBinding | None = None
         self._saved_step: int | None = None
+        self._seen_step = 0
         self._saved_at = time.monotonic()
 
     @property
     def best_model_path(self) -> str:
         """The newest checkpoint, for ``trainer.test(ckpt_path="best")`` where there is no ``ModelCheckpoint``."""
-        return str(newest(self.dirpath) or "")
+        return str(newest(self._folder.root) or "")
 
     @property
     def last_model_path(self) -> str:
@@ -90,23 +111,26 @@ class ResumeCallback(Checkpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._binding is None or self._binding.trainer is not trainer:
             self._binding = TrainerBinding(
-                trainer, on_step=self._after_step, on_epoch=self._after_epoch, find=self._find, trust=self.trust
+                trainer,
+                on_step=self._after_step,
+                on_epoch=self._after_epoch,
+                find=self._find,
+                folder=self._folder,
+                trust=self.trust,
+                verify=self.verify,
+                validate=self.validate,
             )
         # last, so that what other callbacks do in a hook is in a checkpoint that is taken after it
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
 
-    def _find(self) -> str | None:
+    def _find(self) -> list[Found]:
         if self.resume == "never" or self.trainer.fast_dev_run:
-            return None
-        found = _distributed.on_rank_zero(f"looking for checkpoints in {self.dirpath!r}", self._newest)
+            return []
+        found = self._folder.candidates()
         rank_zero_info(
-            f"Resuming from {found}." if found else f"No checkpoint in {self.dirpath!r}: a fresh run starts."
+            f"Resuming from {found[0].path}." if found else f"No checkpoint in {self.dirpath!r}: a fresh run starts."
         )
         return found
-
-    def _newest(self) -> str | None:
-        found = newest(self.dirpath)
-        return None if found is None else str(found)
 
     @property
     def trainer(self) -> Any:
@@ -116,16 +140,28 @@ class ResumeCallback(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert self._binding is not None
         self._binding.place_loops()
-        self._saved_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
         self._saved_at = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._binding is not None and is_fitting(trainer) and not trainer.sanity_checking:
             self._binding.validated()
 
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step != self._seen_step:
+            self._seen_step = trainer.global_step
+            self._folder.stepped()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._saved_step != trainer.global_step:
             self._save()
+        self._folder.withdraw()
+        self._folder.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if is_interrupt(exception):
+            self._folder.withdraw()
+        self._folder.close()
 
     def _after_step(self) -> None:
         n = self.every_n_train_steps
@@ -151,14 +187,9 @@ class ResumeCallback(Checkpoint):
         if self.trainer.fast_dev_run:
             return
         assert self._binding is not None
-        path = os.path.join(self.dirpath, step_name(self.trainer.global_step))
-        with self._binding.checkpoints.as_folder():
-            self.trainer.save_checkpoint(path, weights_only=False)
-        self._saved_step = self.trainer.global_step
+        path = self._folder.root / step_name(self.trainer.global_step)
         self._saved_at = time.monotonic()
-        _distributed.on_rank_zero(f"tidying {self.dirpath!r}", self._tidy)
-
-    def _tidy(self) -> None:
-        clean_leftovers(self.dirpath)
-        for path in superseded(list_checkpoints(self.dirpath), self.keep_last):
-            delete_checkpoint(path)
+        with self.on_save_error.applied(), self._binding.checkpoints.as_folder():
+            self.trainer.save_checkpoint(path, weights_only=False)
+            self._saved_step = self.trainer.global_step
+            self._folder.tidy()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -13,14 +15,23 @@ from torch.optim import Optimizer
 from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
-from lightning_resume.checkpoint.layout import Kind, classify, newest, resolve
+from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
 from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
-from lightning_resume.errors import CheckpointMismatchError, CheckpointNotFoundError
+from lightning_resume.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    FallBackWarning,
+)
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, USER
 from lightning_resume.state.objects import Objects, put_back
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 Check = Callable[[SavedComponents | None], None]
 
@@ -38,26 +49,98 @@ class Loaded:
     """``None`` for a checkpoint that lightning-resume did not write."""
 
 
-def locate(path: PathLike) -> tuple[str, Kind]:
-    """Rank 0's path and what lies there; a run folder stands for its newest complete checkpoint.
+class Verify(str, enum.Enum):
+    """When what is stored is compared with its hashes."""
+
+    READ = "read"
+    """As it is read; a load that fails may leave the objects given filled in part."""
+    FIRST = "first"
+    """All of it before anything is changed, which reads it twice."""
+
+
+UNUSABLE = (CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoundError)
+"""The errors of a checkpoint that is damaged or gone, instead of which an older one may be loaded."""
+
+
+def locate(path: PathLike) -> tuple[list[str], Kind]:
+    """Rank 0's paths that ``path`` stands for, and what lies there. A collective.
+
+    A run folder stands for its complete checkpoints, newest first.
 
     Raises:
         CheckpointNotFoundError: There is nothing that could be loaded.
     """
 
-    def look() -> tuple[str, Kind]:
+    def look() -> tuple[list[str], Kind]:
         kind = classify(path)
         if kind is Kind.RUN_FOLDER:
-            found = newest(path)
-            if found is not None:
-                return str(found), Kind.RESUMABLE
+            found = list_checkpoints(path)
+            if found:
+                return list(map(str, found)), Kind.RESUMABLE
         if kind in (Kind.MISSING, Kind.NOT_A_CHECKPOINT):
             raise CheckpointNotFoundError(
                 f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
             )
-        return str(path), kind
+        return [str(path)], kind
 
     return _distributed.on_rank_zero(f"looking at {str(path)!r}", look)
+
+
+def load_first(candidates: Sequence[S], load: Callable[[S], T], name: Callable[[S], str] = str) -> T:
+    """Returns ``load`` of the first candidate that is whole, loudly where that is not the first. A collective.
+
+    ``load`` must raise the same error on every rank.
+
+    Raises:
+        CheckpointCorruptError: None is. Of a single candidate, its own error.
+    """
+    failures: list[str] = []
+    for index, candidate in enumerate(candidates):
+        try:
+            return load(candidate)
+        except UNUSABLE as error:
+            if len(candidates) == 1:
+                raise
+            failures.append(str(error))
+            if index + 1 < len(candidates) and _distributed.rank() == 0:
+                warnings.warn(
+                    f"{name(candidate)} cannot be used: {error} Going back to {name(candidates[index + 1])}: the steps"
+                    " between them are done again.",
+                    FallBackWarning,
+                    stacklevel=2,
+                )
+    told = "\n".join(f"  {failure}" for failure in failures)
+    raise CheckpointCorruptError(f"None of {len(candidates)} checkpoints can be used:\n{told}")
+
+
+def open_folder(path: PathLike, *, trust: bool, verify: Verify) -> tuple[CheckpointReader, LeafComponents | None]:
+    """Opens a checkpoint folder, and reads what this rank needs of the components. A collective."""
+
+    def open_it() -> tuple[CheckpointReader, LeafComponents | None]:
+        reader = CheckpointReader(path, trust=trust)
+        components = None if reader.manifest is None else LeafComponents(reader, trust=trust)
+        if components is not None:
+            components.fetch(_distributed.rank())
+        return reader, components
+
+    reader, components = _distributed.agree(f"opening {str(path)!r}", open_it)
+    if verify is Verify.FIRST:
+        files = sorted(reader.file_bytes, key=reader.file_bytes.__getitem__)
+        mine = files[_distributed.rank() :: _distributed.world_size()]
+        _distributed.agree(f"verifying {str(path)!r}", lambda: reader.verify(mine))
+    return reader, components
+
+
+@contextlib.contextmanager
+def filling(path: PathLike) -> Iterator[None]:
+    """Around what changes the objects given: says so, where it fails for what is stored."""
+    try:
+        yield
+    except CheckpointCorruptError as error:
+        raise CheckpointCorruptError(
+            f"{error} The objects that {str(path)!r} was loaded into are now filled in part: load another checkpoint"
+            " into them before they are used."
+        ) from error
 
 
 @collect.quiet()
@@ -68,6 +151,7 @@ def load_folder(
     *,
     strict: bool,
     trust: bool,
+    verify: Verify = Verify.READ,
     check: Check = accept_all,
     content_if_empty: bool = True,
 ) -> Loaded:
@@ -75,11 +159,11 @@ def load_folder(
 
     Everything is checked before anything is changed; ``check`` may refuse the components.
     """
-    reader = CheckpointReader(path, trust=trust)
-    meta = reader.meta(weights_only=not trust)
-    components = LeafComponents(reader, trust=trust) if reader.manifest is not None else None
+    reader, components = open_folder(path, trust=trust, verify=verify)
+    meta = _distributed.agree(f"reading {str(path)!r}", lambda: dict(reader.meta(weights_only=not trust)))
     if not state and content_if_empty:
-        return Loaded(remainder={**reader.read(), **meta}, components=components)
+        content = _distributed.agree(f"reading {str(path)!r}", reader.read)
+        return Loaded(remainder={**content, **meta}, components=components)
 
     def examine() -> dict[str, list[list[Any]]]:
         saved_keys = {str(keypath[0]) for keypath in reader.mappings.values()} | set(meta)
@@ -94,11 +178,12 @@ def load_folder(
 
     groups = _distributed.agree(f"checking {str(path)!r} against the state given", examine)
     _distributed.agree(f"checking {str(path)!r} against the loaders", lambda: check(components))
-    for key, module in objects.modules.items():
-        _load_model(reader, key, module, strict=strict)
-    load_own_buffers(objects.modules, components)
-    for key in groups:
-        _load_optimizer(reader, key, objects.optimizers[key], objects.owners)
+    with filling(path):
+        for key, module in objects.modules.items():
+            _load_model(reader, key, module, strict=strict)
+        load_own_buffers(objects.modules, components)
+        for key in groups:
+            _load_optimizer(reader, key, objects.optimizers[key], objects.owners)
     _load_others(state, objects, meta, components)
     return Loaded(remainder=meta, components=components)
 
@@ -115,7 +200,7 @@ def load_single_file(
     content_if_empty: bool = True,
 ) -> Loaded:
     """Loads one file, ours or stock Lightning's, into ``objects``. Each rank reads it for itself."""
-    content = dict(read_file(path, trust=trust))
+    content = _distributed.agree(f"reading {str(path)!r}", lambda: dict(read_file(path, trust=trust)))
     saved = content.pop(FILE_KEY, None)
     components = None if saved is None else FileComponents(saved)
     if not state and content_if_empty:
@@ -267,7 +352,7 @@ def _load_model(reader: CheckpointReader, key: str, module: Module, *, strict: b
     if not target:
         return
     state = {key: target}
-    reader.load_into(state)
+    reader.load_into(state, together=True)
     collect.load_model_state(module, state[key], strict=strict)
 
 
@@ -287,7 +372,7 @@ def _load_optimizer(reader: CheckpointReader, key: str, optimizer: Optimizer, ow
         for name, value in collect.model_state(module).items()
     }
     state = _optimizer_skeleton(reader, key, shapes)
-    reader.load_into(state)
+    reader.load_into(state, together=True)
     collect.load_optimizer_state(optimizer, {"state": {}, "param_groups": [], **state[key]}, owners)
 
 
@@ -350,23 +435,27 @@ def own_value(components: SavedComponents | None, name: str, shared: Any) -> Any
 
 def model_key(path: PathLike) -> str:
     """Under which key a Trainer's checkpoint folder holds the model: stock Lightning uses two."""
-    tops = {keypath[0] for keypath in CheckpointReader(path).mappings.values()}
+    mappings = _distributed.agree(f"opening {str(path)!r}", lambda: CheckpointReader(path).mappings)
+    tops = {keypath[0] for keypath in mappings.values()}
     return "model" if "model" in tops and "state_dict" not in tops else "state_dict"
 
 
-def read_trainer_folder(path: PathLike, *, optimizers: bool, trust: bool) -> Loaded:
+def read_trainer_folder(path: PathLike, *, optimizers: bool, trust: bool, verify: Verify) -> Loaded:
     """The checkpoint dict of a Trainer from a folder, with whole tensors and optimizer states by parameter name."""
-    reader = CheckpointReader(path, trust=trust)
+    reader, components = open_folder(path, trust=trust, verify=verify)
     names = sorted({str(keypath[0]) for keypath in reader.mappings.values()})
     wanted = [name for name in names if optimizers or not name.startswith("optimizer_")]
-    state = reader.read(wanted)
-    content: dict[str, Any] = dict(reader.meta(weights_only=not trust))
-    content["state_dict"] = state.get("state_dict", state.get("model", {}))
-    if optimizers:
-        found = sorted(int(name.removeprefix("optimizer_")) for name in names if name.startswith("optimizer_"))
-        content["optimizer_states"] = [{"state": {}, "param_groups": [], **state[f"optimizer_{i}"]} for i in found]
-    components = LeafComponents(reader, trust=trust) if reader.manifest is not None else None
-    return Loaded(remainder=content, components=components)
+
+    def read() -> dict[str, Any]:
+        state = reader.read(wanted)
+        content: dict[str, Any] = dict(reader.meta(weights_only=not trust))
+        content["state_dict"] = state.get("state_dict", state.get("model", {}))
+        if optimizers:
+            found = sorted(int(name.removeprefix("optimizer_")) for name in names if name.startswith("optimizer_"))
+            content["optimizer_states"] = [{"state": {}, "param_groups": [], **state[f"optimizer_{i}"]} for i in found]
+        return content
+
+    return Loaded(remainder=_distributed.agree(f"reading {str(path)!r}", read), components=components)
 
 
 def missing_loader(index: int) -> CheckpointMismatchError:

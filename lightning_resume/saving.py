@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+import enum
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_resume import _distributed
@@ -11,8 +15,10 @@ from lightning_resume.checkpoint.components import FILE_KEY, entries, settle, to
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.paths import PathLike
+from lightning_resume.checkpoint.validation import Validate, validate_replicas
 from lightning_resume.checkpoint.writer import write_checkpoint
-from lightning_resume.errors import CheckpointSaveError
+from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeWarning
+from lightning_resume.loading import Verify
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, USER, Component, Sharing
 from lightning_resume.state.objects import Objects, to_saved
@@ -21,29 +27,72 @@ from lightning_resume.state.topology import Topology
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What the manifest says of a save beside what is in it; ``docs/format.md`` explains every field."""
+
+    topology: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    step: int | None = None
+    epoch: int | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How a strategy saves and loads, beyond what Fabric's signatures can say."""
+
+    verify: Verify = Verify.READ
+    validate: Validate | None = None
+    as_folder: bool = False
+    """Whether to save a folder where the strategy's own option asks for one file."""
+    about: About = dataclasses.field(default_factory=About)
+
+
+class OnSaveError(str, enum.Enum):
+    """What becomes of a run when a checkpoint could not be saved."""
+
+    RAISE = "raise"
+    """It ends."""
+    WARN = "warn"
+    """It goes on, with the checkpoints that it has."""
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Around a save; every rank raises the same error, so that all go on or none does."""
+        try:
+            yield
+        except CheckpointSaveError as error:
+            if self is OnSaveError.RAISE or isinstance(error.__cause__, RankLostError):
+                raise
+            if _distributed.rank() == 0:
+                warnings.warn(f"{error} Training goes on without it.", ResumeWarning, stacklevel=2)
+
+
 @collect.quiet()
 def save_folder(
     path: PathLike,
     objects: Objects,
     components: Sequence[Component],
     *,
-    topology: Mapping[str, Any],
+    about: About,
+    validate: Validate | None = None,
     filter: Filter | None = None,
     earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
-    step: int | None = None,
-    epoch: int | None = None,
 ) -> Manifest:
     """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
     filter = filter or {}
     tensors: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
+    weights: dict[str, set[str]] = {}
     for key, module in objects.modules.items():
         tensors[key] = _filtered(key, _with(collect.model_state(module), key, earlier_buffers), filter)
         buffers[key] = collect.buffers_of(module, tensors[key])
+        weights[key] = collect.weights_of(module, tensors[key])
     for key, optimizer in objects.optimizers.items():
         tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
     meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-    return save_state(path, tensors, meta, components, buffers=buffers, topology=topology, step=step, epoch=epoch)
+    return save_state(path, tensors, meta, components, buffers=buffers, weights=weights, about=about, validate=validate)
 
 
 @collect.quiet()
@@ -54,25 +103,34 @@ def save_state(
     components: Sequence[Component],
     *,
     buffers: Mapping[str, Mapping[str, Any]],
-    topology: Mapping[str, Any],
-    step: int | None = None,
-    epoch: int | None = None,
+    weights: Mapping[str, Iterable[str]],
+    about: About,
+    validate: Validate | None = None,
 ) -> Manifest:
     """Saves a checkpoint folder of state that was collected already; ``buffers`` of ``tensors`` may differ by rank."""
     stored = with_own_values(meta, components, buffers)
+    alike = {key: _without(value, buffers.get(key, ())) for key, value in tensors.items()}
+    if validate is not None:
+        validate_replicas(alike, validate)
     if _distributed.rank() > 0:  # of what all ranks hold, DCP keeps any rank's; of buffers it is to be rank 0's
-        for key, names in buffers.items():
-            tensors[key] = {name: value for name, value in tensors[key].items() if name not in names}
+        tensors = alike
     return write_checkpoint(
         path,
         state=tensors,
         leaves=to_leaves(stored),
         meta=dict(meta),
         components=entries(stored),
-        step=step,
-        epoch=epoch,
-        topology=topology,
+        step=about.step,
+        epoch=about.epoch,
+        topology=about.topology,
+        metrics=about.metrics,
+        metadata=about.metadata,
+        weights={f"{key}.{name}" for key, names in weights.items() for name in names},
     )
+
+
+def _without(state: Any, names: Collection[str]) -> Any:
+    return {name: value for name, value in state.items() if name not in names} if names else state
 
 
 def save_file(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,9 +24,11 @@ from lightning_resume._lightning import (
 )
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.run import Tracker, describe
+from lightning_resume.saving import CheckpointOptions
 from lightning_resume.state.component import Component, Sharing
 from lightning_resume.state.objects import Objects
 
@@ -50,12 +54,29 @@ class ResumeMixin:
     Args:
         save_distributed_checkpoint: ``True`` saves a folder to which every rank writes its part, ``False`` one file
             that plain ``torch.load`` reads. ``True`` by default.
+        verify: ``"read"`` compares a folder with its hashes as it is read, so that a load that fails may leave objects
+            filled in part; ``"first"`` reads and compares all of it before anything is changed.
+        validate: Whether the tensors that ranks hold alike (all of DDP's) are compared before a folder is saved:
+            ``"quick"`` by one hash of all, ``"full"`` tensor by tensor, ``None`` not at all.
+
+    Raises:
+        ValueError: ``verify`` or ``validate`` is another word.
     """
 
     _save_distributed_checkpoint: bool
 
-    def __init__(self, *args: Any, save_distributed_checkpoint: bool | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        save_distributed_checkpoint: bool | None = None,
+        verify: str = "read",
+        validate: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._options = CheckpointOptions(
+            verify=loading.Verify(verify), validate=None if validate is None else Validate(validate)
+        )
         if save_distributed_checkpoint is not None:
             self._save_distributed_checkpoint = save_distributed_checkpoint
         elif not hasattr(self, "_save_distributed_checkpoint"):  # ModelParallelStrategy takes it itself
@@ -113,18 +134,30 @@ class ResumeMixin:
         components = [*self._tracker.components(), *self._precision_component()]
         objects = Objects.of(self._with_loader_states(state), more_modules=self._tracker.modules)
         earlier = {key: self._tracker.buffers_to_go_back_to(module) for key, module in objects.modules.items()}
-        if self._save_distributed_checkpoint:
+        if self._save_distributed_checkpoint or self._options.as_folder:
             if storage_options is not None:
                 raise TypeError(
                     f"`{type(self).__name__}` saves folders without a `CheckpointIO`, so `storage_options` has no"
                     " effect. Leave it out, or save one file with `save_distributed_checkpoint=False`."
                 )
             topology = saving.topology_of(self).to_manifest(loaders=describe(self._tracker.loaders))
-            about: dict[str, Any] = {"topology": topology, "step": self._tracker.steps}
-            saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **about)
+            about = dataclasses.replace(self._options.about, topology=topology)
+            if about.step is None:
+                about = dataclasses.replace(about, step=self._tracker.steps)
+            how: dict[str, Any] = {"about": about, "validate": self._options.validate}
+            saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **how)
         else:
             write = self._user_io(path, storage_options)
             saving.save_file(path, objects, components, filter=filter, earlier_buffers=earlier, write=write)
+
+    @contextlib.contextmanager
+    def using(self, options: CheckpointOptions) -> Iterator[None]:
+        """Saves and loads inside as ``options`` say."""
+        before, self._options = self._options, options
+        try:
+            yield
+        finally:
+            self._options = before
 
     def _precision_component(self) -> list[Component]:
         """What the precision plugin keeps, such as a gradient scaler's factor; stock Fabric leaves it out."""
@@ -151,8 +184,13 @@ class ResumeMixin:
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        found, kind = loading.locate(path)
+        candidates, kind = loading.locate(path)
         trust = weights_only is False
+        return loading.load_first(candidates, lambda found: self._load_from(found, kind, state, strict, trust))
+
+    def _load_from(
+        self, found: str, kind: Kind, state: Module | Optimizer | dict[str, Any] | None, strict: bool, trust: bool
+    ) -> dict[str, Any]:
         if isinstance(state, (Module, Optimizer)):
             loading.load_raw(found, kind, state, more_modules=self._tracker.modules, strict=strict, trust=trust)
             return {}
@@ -165,9 +203,12 @@ class ResumeMixin:
             if resumes and components is not None:
                 self._tracker.check(components, strict=strict)
 
-        load = loading.load_single_file if kind is Kind.SINGLE_FILE else loading.load_folder
         objects = Objects.of(asked, more_modules=self._tracker.modules)
-        loaded = load(found, asked, objects, strict=strict, trust=trust, check=check, content_if_empty=not state)
+        how: dict[str, Any] = {"strict": strict, "trust": trust, "check": check, "content_if_empty": not state}
+        if kind is Kind.SINGLE_FILE:
+            loaded = loading.load_single_file(found, asked, objects, **how)
+        else:
+            loaded = loading.load_folder(found, asked, objects, verify=self._options.verify, **how)
         state.update(asked)
         for key in followed:
             loaded.remainder.pop(key, None)

@@ -11,6 +11,7 @@ from lightning_resume._lightning import Loops, is_fitting, is_sharded
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
 from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.state import collect
 from lightning_resume.state.component import Component
 from lightning_resume.state.objects import Objects
@@ -21,8 +22,9 @@ class TrainerCheckpoints:
     and a folder under all of them inside :meth:`as_folder`. Loads either, whoever wrote it.
     """
 
-    def __init__(self, trainer: Any, loops: Loops) -> None:
+    def __init__(self, trainer: Any, loops: Loops, *, verify: loading.Verify, validate: Validate | None) -> None:
         self.trainer, self._loops = trainer, loops
+        self.verify, self.validate = verify, validate
         strategy = trainer.strategy
         self._stock_save, self._stock_load = strategy.save_checkpoint, strategy.load_checkpoint
         self._stock_load_optimizers = strategy.load_optimizer_state_dict
@@ -79,15 +81,23 @@ class TrainerCheckpoints:
         buffers = collect.buffers_of(self._model, tensors[self._loops.model_key])
         for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = self._named(i, state)
+        about = saving.About(
+            topology=saving.topology_of(self.trainer.strategy).to_manifest(loaders=loaders),
+            step=checkpoint["global_step"],
+            epoch=checkpoint["epoch"],
+            metrics=self._loops.metrics(),
+        )
+        key = self._loops.model_key
+        weights = collect.weights_of(self._model, tensors[key])
         saving.save_state(
             path,
             tensors,
             checkpoint,
             components,
-            buffers={self._loops.model_key: buffers},
-            topology=saving.topology_of(self.trainer.strategy).to_manifest(loaders=loaders),
-            step=checkpoint["global_step"],
-            epoch=checkpoint["epoch"],
+            buffers={key: buffers},
+            weights={key: weights},
+            about=about,
+            validate=self.validate,
         )
 
     def _save_file(
@@ -135,7 +145,7 @@ class TrainerCheckpoints:
         optimizers = self._loops.optimizers if is_fitting(self.trainer) else []
         strict = self.trainer.lightning_module.strict_loading
         if kind is Kind.SINGLE_FILE:
-            content = dict(loading.read_file(path, trust=trust))
+            content = _distributed.agree(f"reading {path!r}", lambda: dict(loading.read_file(path, trust=trust)))
             collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
             for optimizer, whole in zip(optimizers, content.pop("optimizer_states", []), strict=False):
                 collect.load_full_optimizer_state(optimizer, whole, self._owners())
@@ -145,16 +155,18 @@ class TrainerCheckpoints:
         key = loading.model_key(path)
         state: dict[str, Any] = {key: model, **{f"optimizer_{i}": o for i, o in enumerate(optimizers)}}
         objects = Objects.of(state)
-        return loading.load_folder(path, state, objects, strict=strict, trust=trust, check=check)
+        return loading.load_folder(path, state, objects, strict=strict, trust=trust, verify=self.verify, check=check)
 
     def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> loading.Loaded:
         if kind is not Kind.SINGLE_FILE:
-            loaded = loading.read_trainer_folder(path, optimizers=is_fitting(self.trainer), trust=trust)
+            loaded = loading.read_trainer_folder(
+                path, optimizers=is_fitting(self.trainer), trust=trust, verify=self.verify
+            )
             return self._with_own_buffers(loaded, loading.model_key(path))
         if self._loops.has_own_io:
             content = self._stock_load(path, **({"weights_only": False} if trust else {}))
         else:
-            content = loading.read_file(path, trust=trust)
+            content = _distributed.agree(f"reading {path!r}", lambda: loading.read_file(path, trust=trust))
         return self._with_own_buffers(_of_file(dict(content)), "state_dict")
 
     def _with_own_buffers(self, loaded: loading.Loaded, key: str) -> loading.Loaded:

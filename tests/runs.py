@@ -357,7 +357,7 @@ def run_trainer(*, folder: Path, settings: Settings) -> None:
         devices=world_size,
         strategy=trainer_strategy(settings.strategy, world_size),
         max_epochs=settings.epochs,
-        callbacks=[ResumeCallback(folder / "checkpoints", every_n_train_steps=1)],
+        callbacks=[ResumeCallback(folder / "checkpoints", every_n_train_steps=1, max_attempts=None)],
         val_check_interval=2,
         logger=False,
         enable_progress_bar=False,

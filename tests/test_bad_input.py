@@ -308,7 +308,7 @@ def test_a_full_disk_stops_the_trainer_and_leaves_older_checkpoints(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         with pytest.raises((CheckpointSaveError, OSError), match=r"No space left"):
-            fit(tmp_path, module=lambda: Quiet("none"), resume=ResumeCallback(tmp_path / "run"))
+            fit(tmp_path, module=lambda: Quiet("none"), resume=ResumeCallback(tmp_path / "run", max_attempts=None))
     reseed(3)
     run = fit(tmp_path, module=lambda: Quiet("none"), resume=ResumeCallback(tmp_path / "run"))
     assert run.lines == fit(tmp_path, module=lambda: Quiet("none")).lines

@@ -22,12 +22,12 @@ def steps(*numbers: int) -> list[str]:
 
 
 def test_it_keeps_the_last_checkpoints_only(tmp_path: Path) -> None:
-    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep_last=2))
+    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep=2))
     assert names(tmp_path / "r") == steps(7, 8)
 
 
 def test_it_keeps_all_checkpoints_when_told_to(tmp_path: Path) -> None:
-    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep_last=None))
+    fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep=None))
     assert names(tmp_path / "r") == steps(*range(1, 9))
 
 
@@ -42,10 +42,10 @@ def test_it_saves_every_n_epochs_and_at_the_end(tmp_path: Path) -> None:
 
 
 def test_it_saves_when_the_interval_of_time_has_passed(tmp_path: Path) -> None:
-    always = ResumeCallback(tmp_path / "r", train_time_interval=timedelta(0), keep_last=None)
+    always = ResumeCallback(tmp_path / "r", train_time_interval=timedelta(0), keep=None)
     fit(tmp_path, resume=always)
     assert names(tmp_path / "r") == steps(*range(1, 9))
-    rarely = ResumeCallback(tmp_path / "s", train_time_interval=timedelta(days=1), keep_last=None)
+    rarely = ResumeCallback(tmp_path / "s", train_time_interval=timedelta(days=1), keep=None)
     fit(tmp_path, resume=rarely)
     assert names(tmp_path / "s") == steps(8)
 
@@ -57,7 +57,7 @@ def test_resume_never_starts_fresh_beside_older_checkpoints(tmp_path: Path) -> N
 
 
 def test_after_an_explicit_rewind_the_newest_is_the_one_saved_last(tmp_path: Path) -> None:
-    callback = lambda: ResumeCallback(tmp_path / "r", every_n_train_steps=2, keep_last=None)  # noqa: E731
+    callback = lambda: ResumeCallback(tmp_path / "r", every_n_train_steps=2, keep=None)  # noqa: E731
     whole = fit(tmp_path, resume=callback())
     run = fit(tmp_path, seed=3, max_epochs=1, ckpt_path=tmp_path / "r" / steps(2)[0], resume=callback())
     assert run.trainer.global_step == 4
@@ -110,7 +110,7 @@ def test_what_the_module_saves_by_its_hooks_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("every_n_train_steps", 0), ("every_n_epochs", -1), ("keep_last", 0), ("resume", "maybe")]
+    ("argument", "value"), [("every_n_train_steps", 0), ("every_n_epochs", -1), ("keep", 0), ("resume", "maybe")]
 )
 def test_arguments_out_of_bounds_are_named(argument: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{argument} is {value!r}"):

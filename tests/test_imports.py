@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "_distributed", "data.order"},
     {"state"},
     {"data", "checkpoint"},
-    {"saving", "loading", "run", "manager", "export", "proof"},
+    {"saving", "loading", "run", "run_folder", "manager", "verification", "export", "proof"},
     {"strategies", "trainer_checkpoints", "binding", "callback", "cli"},
     {"__init__", "__main__"},
 ]
@@ -32,7 +32,7 @@ USERS_OF_LIGHTNING = {"strategies", "trainer_checkpoints", "binding", "callback"
 PURE = {"data.order", "checkpoint.retention"}  # decide on numbers alone: no process group, no storage
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-REQUIRED = {"torch", "numpy", "fsspec", "xxhash"} | LIGHTNING
+REQUIRED = {"torch", "numpy", "fsspec", "xxhash", "tqdm"} | LIGHTNING
 
 
 class When(Enum):

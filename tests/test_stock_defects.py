@@ -51,7 +51,7 @@ def samples(
     """The samples of a run with or without our callback, which saves every step."""
     reseed(seed)
     module, data = options.pop("module", Quiet)(), options.pop("data", lambda: None)()
-    own = [ResumeCallback(folder / "run", every_n_train_steps=1, keep_last=None)] if ours else []
+    own = [ResumeCallback(folder / "run", every_n_train_steps=1, keep=None)] if ours else []
     noted = Samples(kill)
     made = trainer(folder, [noted, *own], enable_checkpointing=True, **options)
     with contextlib.suppress(Killed):

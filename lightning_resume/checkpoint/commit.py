@@ -25,7 +25,7 @@ from lightning_resume.checkpoint.filesystem import (
     sync_folder,
 )
 from lightning_resume.checkpoint.layout import leftovers
-from lightning_resume.checkpoint.manifest import FileEntry, Manifest, to_json
+from lightning_resume.checkpoint.manifest import FileEntry, Manifest, read_manifest, to_json
 from lightning_resume.checkpoint.names import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
@@ -36,7 +36,7 @@ from lightning_resume.checkpoint.names import (
 )
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.remote import RemotePath
-from lightning_resume.errors import StorageError
+from lightning_resume.errors import ResumeError, StorageError
 
 _REQUESTS = 16  # at once, of small ones
 
@@ -133,11 +133,22 @@ class RemoteCommit(Commit):
 
     def abandon(self) -> None:
         with or_warn(self.folder):
+            if self._is_published():
+                return
             if self.prefix is not None:
                 self.folder.remove_folder()
-            elif (self.target / MANIFEST_NAME).size() is None:
+            else:
                 _empty(self.target, but={UNFINISHED_NAME})
                 (self.target / UNFINISHED_NAME).remove_file()
+
+    def _is_published(self) -> bool:
+        # another rank may have failed after the manifest was put
+        try:
+            return read_manifest(self.target).folder == self.prefix
+        except ResumeError as error:
+            if isinstance(error, StorageError):
+                raise
+            return False
 
     def _check_stored(self, manifest: Manifest) -> None:
         """Asks for every file by name: what a store has accepted it may still not have."""

@@ -46,6 +46,7 @@ class LeafComponents(SavedComponents):
     def __init__(self, reader: CheckpointReader, *, trust: bool = False) -> None:
         self._reader, self._trust = reader, trust
         self._leaves = set(reader.leaf_names())
+        self._fetched: dict[str, Any] = {}
 
     def ranks(self, name: str) -> int | None:
         if leaf_name(name) in self._leaves:
@@ -55,6 +56,17 @@ class LeafComponents(SavedComponents):
 
     def value(self, name: str, rank: int) -> Any:
         leaf = leaf_name(name) if leaf_name(name) in self._leaves else leaf_name(name, rank)
+        return self._fetched[leaf] if leaf in self._fetched else self._load(leaf)
+
+    def fetch(self, rank: int) -> None:
+        """Reads and verifies now what ``rank`` will ask for: its own; that of rank 0 or the last where it has none."""
+        for name in self.names():
+            ranks = self.ranks(name) or 1
+            for of in {rank} if rank < ranks else {0, ranks - 1}:
+                leaf = leaf_name(name) if leaf_name(name) in self._leaves else leaf_name(name, of)
+                self._fetched[leaf] = self._load(leaf)
+
+    def _load(self, leaf: str) -> Any:
         return safe_load(self._reader.leaf(leaf), name=f"{self._reader.path}: {leaf}", trust=self._trust)
 
     def names(self) -> list[str]:

@@ -24,14 +24,14 @@ class ItemSource:
     """The files of one checkpoint folder; without a manifest (a stock checkpoint) there is nothing to verify with."""
 
     def __init__(self, folder: AnyPath, manifest: Manifest | None) -> None:
-        self._folder = folder if manifest is None or manifest.folder is None else folder / manifest.folder
+        self.folder = folder if manifest is None or manifest.folder is None else folder / manifest.folder
         self._files: Mapping[str, FileEntry] | None = None if manifest is None else manifest.files
         self._sizes: dict[str, int | None] = {}
         self._lock = threading.Lock()
 
     @property
     def is_remote(self) -> bool:
-        return isinstance(self._folder, RemotePath)
+        return isinstance(self.folder, RemotePath)
 
     def has(self, name: str) -> bool:
         return self._size(name) is not None if self._files is None else name in self._files
@@ -98,7 +98,7 @@ class ItemSource:
         """Asked for once: on a remote store it is a request."""
         with self._lock:
             if name not in self._sizes:
-                self._sizes[name] = size_of(self._folder / name)
+                self._sizes[name] = size_of(self.folder / name)
             return self._sizes[name]
 
     def _entry(self, name: str) -> FileEntry:
@@ -109,7 +109,7 @@ class ItemSource:
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
         try:
-            data = read_range(self._folder / name, offset, length)
+            data = read_range(self.folder / name, offset, length)
         except FileNotFoundError:
             data = b""
         except OSError as error:
@@ -140,5 +140,5 @@ class ItemSource:
 
     def _corrupt(self, what: str, expected: Any, found: Any) -> CheckpointCorruptError:
         return CheckpointCorruptError(
-            f"The checkpoint {self._folder} is damaged: {what}: expected {expected}, found {found}. {_ADVICE}"
+            f"The checkpoint {self.folder} is damaged: {what}: expected {expected}, found {found}. {_ADVICE}"
         )

@@ -93,14 +93,18 @@ def classify(path: PathLike) -> Kind:
     return _classify_folder(found, names)
 
 
-def survey(root: PathLike, names: Iterable[str] | None = None) -> list[Found]:
-    """Reads the manifest of every ``step-*`` folder in ``root``, or of the folders ``names``: in no order.
+def survey(root: PathLike, *, tagged: bool = False) -> list[Found]:
+    """Reads the manifest of every ``step-*`` folder in ``root``, in no order; ``tagged``: of every folder that has one.
 
-    Where there is none at all, nothing is found: such a folder is not ours, or was never finished.
+    Where there is no manifest at all, nothing is found: such a folder is not ours, or was never finished.
     """
     folder = as_path(root)
-    paths = _step_paths(folder) if names is None else [folder / name for name in names]
-    looked = _each(_look, paths, at_once=isinstance(folder, RemotePath))
+    return look_at([folder / name for name in _names_in(folder) if tagged or is_step_name(name)])
+
+
+def look_at(paths: Sequence[AnyPath]) -> list[Found]:
+    """Reads the manifests of the folders ``paths``; those without one are left out."""
+    looked = _each(_look, paths, at_once=any(isinstance(path, RemotePath) for path in paths))
     return [found for found in looked if found is not None]
 
 
@@ -151,13 +155,11 @@ def beside(target: AnyPath) -> list[Found]:
 
     On a remote store, where the folder above may hold anything, only ``step-*`` and ``target`` itself.
     """
-    names = set(list_names(target.parent))
+    names = _names_in(target.parent)
     if isinstance(target, RemotePath):
         names = {name for name in names if is_step_name(name)} | {target.name}
-    else:
-        names |= {left.of.name for left in find_leftovers(target.parent) if left.retired}
-        names = {name for name in names if not is_staged(target.with_name(name))}
-    return [found for found in survey(target.parent, sorted(names)) if found.manifest is not None]
+    found = look_at([target.with_name(name) for name in sorted(names)])
+    return [one for one in found if one.manifest is not None]
 
 
 def _remote_leftovers(folder: RemotePath, name: str | None) -> list[AnyPath]:
@@ -209,12 +211,13 @@ def _classify_folder(folder: AnyPath, names: set[str]) -> Kind:
         return Kind.SHARDED
     if META_NAME in names or any(map(is_data_name, names)) or any(map(is_replacing_name, names)):
         return Kind.INCOMPLETE
-    return Kind.RUN_FOLDER if _step_paths(folder) else Kind.NOT_A_CHECKPOINT
+    return Kind.RUN_FOLDER if any(map(is_step_name, _names_in(folder))) else Kind.NOT_A_CHECKPOINT
 
 
-def _step_paths(root: AnyPath) -> list[AnyPath]:
-    names = set(list_names(root))
+def _names_in(root: AnyPath) -> set[str]:
+    """The names that checkpoints in ``root`` may have, and those of which only the retired one is there."""
+    names = {name for name in list_names(root) if not name.startswith(".")}
     if isinstance(root, Path):
         # a checkpoint may for a moment have its retired name only
         names |= {left.of.name for left in find_leftovers(root) if left.retired}
-    return [root / name for name in sorted(names) if is_step_name(name)]
+    return names

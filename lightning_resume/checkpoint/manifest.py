@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -137,7 +138,7 @@ def from_json(text: str | bytes, *, source: str = MANIFEST_NAME) -> Manifest:
         format_version=version,
         step=body.optional("step", body.integer),
         epoch=body.optional("epoch", body.integer),
-        created=body.text("created"),
+        created=body.time("created"),
         sequence=body.integer("sequence"),
         topology=body.mapping("topology"),
         versions={name: body.inner("versions").text(name) for name in body.mapping("versions")},
@@ -283,6 +284,16 @@ class _Fields:
 
     def text(self, name: str) -> str:
         return self.typed(name, str, "a text")
+
+    def time(self, name: str) -> str:
+        value = self.text(name)
+        try:
+            aware = datetime.fromisoformat(value).tzinfo is not None
+        except ValueError:
+            aware = False
+        if not aware:
+            raise self.wrong(name, "a time in ISO 8601 with its offset", value)
+        return value
 
     def boolean(self, name: str) -> bool:
         return self.typed(name, bool, "true or false")

@@ -102,11 +102,15 @@ class CheckpointReader:
         data = self._source.item(name, self._catalog.where(self._catalog.leaf_index(name)))
         return self._as_tensor(name, data).numpy().tobytes()
 
-    def load_into(self, state: dict[str, Any]) -> None:
+    def load_into(self, state: dict[str, Any], *, together: bool | None = None) -> None:
         """Fills the tensors in ``state`` in place and replaces its other values, as ``dcp.load`` does.
 
-        Every rank reads what it needs. Where ``state`` holds distributed tensors this must be called on all ranks, and
-        an error on one is raised on all; when reading itself fails, tensors may be filled in part.
+        Every rank reads what it needs. When reading itself fails, tensors may be filled in part.
+
+        Args:
+            state: What to fill.
+            together: Whether this is called on all ranks, and an error on one is raised on all. By default it must be
+                and is where ``state`` holds distributed tensors.
 
         Raises:
             CheckpointMismatchError: A key is missing, or of another kind or shape; raised before anything is read.
@@ -115,7 +119,8 @@ class CheckpointReader:
         """
         flat, mappings = flatten(state)
         # before DCP drops the ShardedTensors of which this rank has no shard: the others wait for this rank
-        together = is_distributed() and any(map(is_distributed_tensor, flatten_state_dict(state)[0].values()))
+        if together is None:
+            together = is_distributed() and any(map(is_distributed_tensor, flatten_state_dict(state)[0].values()))
         run: Callable[[str, Callable[[], Any]], Any] = agree if together else _alone
         run(f"checking the state against {self.path}", partial(self._check_fits, flat))
         for key, value in run(f"loading {self.path}", partial(self._fill, flat)).items():
@@ -150,6 +155,11 @@ class CheckpointReader:
             return {}
         data = self._source.whole(META_NAME)
         return self._decode(META_NAME, partial(safe_load, data, trust=self.trust or not weights_only))
+
+    @property
+    def folder(self) -> AnyPath:
+        """Where its files lie."""
+        return self._source.folder
 
     @property
     def file_bytes(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, to_js
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.shards import CheckpointException, Shards, write_shards
-from lightning_resume.errors import CheckpointSaveError, NonFiniteWarning, ResumeError, StaleCheckpointWarning
+from lightning_resume.errors import CheckpointSaveError, MissingPackageError, NonFiniteWarning, StaleCheckpointWarning
 
 _PACKAGES = {
     "lightning_resume": ("lightning-resume",),
@@ -94,7 +94,7 @@ def write_checkpoint(
         target = broadcast_object(agree("checking the path", partial(as_path, path)))
         return _save(target, _gather_state(state, leaves), meta, draft, weights)
     except (Exception, CheckpointException) as error:
-        if isinstance(error, ResumeError) and not isinstance(error, RemoteError):
+        if isinstance(error, CheckpointSaveError | MissingPackageError):
             raise
         cause = _cause(error)
         if not isinstance(cause, Exception):

@@ -80,6 +80,14 @@ def load_model_state(module: Module, state: Mapping[str, Any], *, strict: bool) 
     inner.load_state_dict({current.get(name, name): value for name, value in state.items()}, strict=strict)
 
 
+def weights_of(module: Module, state: Mapping[str, Any]) -> set[str]:
+    """The names in ``state`` that are what training changes: no buffers and no frozen parameters."""
+    inner = user_module(module)
+    fixed = {name for name, _ in inner.named_buffers()}
+    fixed |= {name for name, parameter in inner.named_parameters() if not parameter.requires_grad}
+    return set(state) - set(map(clean_name, fixed))
+
+
 def buffers_of(module: Module, state: Mapping[str, Any]) -> StateDict:
     """Copies of those whole tensors in ``state`` that are buffers: each rank may have its own.
 

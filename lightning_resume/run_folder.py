@@ -1,0 +1,191 @@
+"""The checkpoints of one run: which one to go on from, and which ones to keep."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from lightning_resume import _distributed
+from lightning_resume.checkpoint import attempts
+from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
+from lightning_resume.checkpoint.layout import Found, newest_first, survey
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
+from lightning_resume.checkpoint.retention import Policy, Saved, as_policy, superseded
+from lightning_resume.errors import CheckpointCorruptError, FallBackWarning, ResumeWarning
+from lightning_resume.loading import UNUSABLE, load_first
+
+T = TypeVar("T")
+
+GOOD_STEPS = 10
+MAX_ATTEMPTS = 2
+
+
+class RunFolder:
+    """The run folder ``root``. Methods that look at it or change it are collectives.
+
+    Args:
+        root: The folder, a path or any fsspec URL.
+        keep: What to keep, as :func:`~lightning_resume.checkpoint.retention.as_policy` takes it.
+        good_steps: After so many optimizer steps, a run that was resumed is taken to go well.
+        max_attempts: A checkpoint from which the run was begun so many times in vain is set aside; None: never.
+        storage_options: Arguments of the fsspec filesystem.
+    """
+
+    def __init__(
+        self,
+        root: PathLike,
+        *,
+        keep: Policy | int | Iterable[Policy] | None = None,
+        good_steps: int = GOOD_STEPS,
+        max_attempts: int | None = MAX_ATTEMPTS,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.root: AnyPath = as_path(root, storage_options)
+        self.keep = as_policy(keep)
+        if max_attempts is not None and max_attempts < 1:
+            raise ValueError(f"max_attempts is {max_attempts}; pass at least 1, or None to set no checkpoint aside.")
+        self._good_steps, self._max_attempts = good_steps, max_attempts
+        self._begun: Found | None = None
+        self._steps = 0
+        self._remover: threading.Thread | None = None
+
+    def candidates(self, *, tagged: bool = False) -> list[Found]:
+        """The complete checkpoints in the order in which to try them: newest first, those set aside last.
+
+        Args:
+            tagged: Also those with names of the user's own.
+
+        Raises:
+            CheckpointCorruptError: There are checkpoints, but no manifest of theirs is readable.
+            CheckpointVersionError: One is of a newer format.
+        """
+        return _distributed.on_rank_zero(f"looking for checkpoints in {self.root}", lambda: self._candidates(tagged))
+
+    def load_newest(self, load: Callable[[AnyPath], T], candidates: Sequence[Found]) -> T:
+        """Returns ``load(path)`` of the first of ``candidates`` that verifies; ``load`` is a collective.
+
+        ``load`` must raise the same error on every rank.
+
+        Raises:
+            CheckpointCorruptError: None of them does.
+        """
+
+        def attempt(found: Found) -> T:
+            self._begin(found)
+            try:
+                return load(found.path)
+            except UNUSABLE:
+                self.withdraw()
+                raise
+
+        return load_first(candidates, attempt, lambda found: str(found.path))
+
+    def stepped(self) -> None:
+        """Counts an optimizer step of a run that was resumed. Not a collective."""
+        if self._begun is not None:
+            self._steps += 1
+            if self._steps >= self._good_steps:
+                self.withdraw()
+
+    def withdraw(self) -> None:
+        """Takes the last attempt back: it went well, or what ended it was not the checkpoint. Not a collective."""
+        found, self._begun = self._begun, None
+        if found is not None and _distributed.rank() == 0:
+            attempts.write_attempts(self.root, attempts.without(attempts.read_attempts(self.root), found))
+
+    def tidy(self) -> None:
+        """Deletes, in the background, what is no longer wanted. Call it once a newer checkpoint is durable.
+
+        What could not be deleted is tried again the next time.
+        """
+        _distributed.on_rank_zero(f"tidying {self.root}", self._tidy)
+
+    def close(self) -> None:
+        """Waits for what is being deleted. Not a collective."""
+        if self._remover is not None:
+            self._remover.join()
+            self._remover = None
+
+    def _candidates(self, tagged: bool) -> list[Found]:
+        found = survey(self.root, tagged=tagged)
+        complete = newest_first(found)
+        damaged = [one for one in found if one.error is not None]
+        for one in damaged:
+            _warn(FallBackWarning, f"{one.path} is passed over: {one.error}")
+        if damaged and not complete:
+            raise CheckpointCorruptError(
+                f"No checkpoint in {self.root} can be used: {len(damaged)} of them have a damaged manifest. Copy them"
+                " again from their source, or delete them to start a fresh run."
+            )
+        return self._without_crashing(complete)
+
+    def _without_crashing(self, complete: list[Found]) -> list[Found]:
+        if self._max_attempts is None or not complete:
+            return complete
+        counted = attempts.read_attempts(self.root)
+        aside = attempts.set_aside(counted, complete, self._max_attempts)
+        for found in aside:
+            _warn(
+                FallBackWarning,
+                f"{found.path} is set aside: the run was begun from it {attempts.count(counted, found)} times and ended"
+                f" each time within {self._good_steps} steps. An older checkpoint is used. To try this one again,"
+                f" name it explicitly or delete {self.root / attempts.ATTEMPTS_NAME}.",
+            )
+        if not aside and attempts.count(counted, complete[0]) >= self._max_attempts:
+            _warn(
+                ResumeWarning,
+                f"The run was begun {attempts.count(counted, complete[0])} times from {complete[0].path} and ended each"
+                f" time within {self._good_steps} steps, and so from every other checkpoint in {self.root}: it may not"
+                " be the checkpoints. The newest is tried again.",
+            )
+        return [found for found in complete if found not in aside] + aside
+
+    def _begin(self, found: Found) -> None:
+        if self._max_attempts is None:
+            return
+        self._begun, self._steps = found, 0
+
+        def write() -> None:
+            attempts.write_attempts(self.root, attempts.begun(attempts.read_attempts(self.root), found))
+
+        _distributed.on_rank_zero(f"counting the attempt to load {found.path}", write)
+
+    def _tidy(self) -> None:
+        self.close()
+        clean_leftovers(self.root)
+        complete = newest_first(survey(self.root))
+        named = {found.path.name: found.path for found in complete}
+        doomed = [named[saved.name] for saved in superseded([as_saved(found) for found in complete], self.keep)]
+        if doomed:
+            self._remover = threading.Thread(target=_delete, args=(doomed,), name="lightning-resume-delete")
+            self._remover.start()
+
+
+def as_saved(found: Found) -> Saved:
+    """What a retention policy may know of a complete checkpoint."""
+    manifest = found.manifest
+    assert manifest is not None
+    return Saved(
+        name=found.path.name,
+        step=manifest.step or 0,
+        created=datetime.fromisoformat(manifest.created),
+        metrics=manifest.metrics,
+        finite=not manifest.nonfinite,
+    )
+
+
+def _delete(paths: Sequence[AnyPath]) -> None:
+    for path in paths:
+        try:
+            delete_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            _warn(ResumeWarning, f"{path} is no longer wanted but could not be deleted yet: {error}")
+
+
+def _warn(category: type[Warning], text: str) -> None:
+    warnings.warn(text, category, stacklevel=2)
