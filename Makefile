@@ -1,10 +1,16 @@
-# Everything that a checkout needs to be set up, shown, tested and checked. Only Python 3.10 or newer has to be there.
+# Everything that a checkout needs to be set up, shown, tested and checked. Only Python 3.10 or newer has to be there;
+# the tests against remote stores also want Node.js with npm, and apt-get or an installed sshd, and skip themselves
+# without. On CI (CI is set) they fail instead.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The servers of tests/servers.py that PyPI does not have. Debian's packages are unpacked, not installed.
+NODE_PACKAGES := s3rver@3.7.1 azurite@3.37.0
+DEBIAN_PACKAGES := openssh-server libwrap0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -25,7 +31,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -qq torch -c constraints.txt
 	@echo "Installing lightning-resume and its tools"
 	@$(PIP) install -qq -e ".[dev]" -c constraints.txt
+	@echo "Installing the servers of the tests"
+	@command -v npm >/dev/null || echo "  no npm: the tests of Azure and of a second S3 will be skipped"
+	@! command -v npm >/dev/null || npm install --prefix $(VENV)/node --no-audit --no-fund --loglevel=error --silent \
+		$(NODE_PACKAGES) || echo "  npm failed: the tests of Azure and of a second S3 will be skipped"
+	@PATH="$$PATH:/usr/sbin" command -v sshd >/dev/null || $(MAKE) -s unpack-sshd \
+		|| echo "  no sshd, and no apt-get to fetch it: the tests of SFTP will be skipped"
 	@touch $@
+
+# apt-get needs its lists, which a fresh image lacks and only root can fetch.
+unpack-sshd:
+	@mkdir -p $(VENV)/servers/packages
+	@cd $(VENV)/servers/packages && rm -f *.deb && { apt-get download -qq $(DEBIAN_PACKAGES) >/dev/null 2>&1 \
+		|| { apt-get update -qq && apt-get download -qq $(DEBIAN_PACKAGES); } >/dev/null 2>&1; }
+	@for package in $(VENV)/servers/packages/*.deb; do dpkg -x "$$package" $(VENV)/servers || exit 1; done
+.PHONY: unpack-sshd
 
 demo: $(STAMP) ## kill a training run, resume it, and prove that it is the same run
 	$(BIN)/python examples/demo.py
