@@ -14,7 +14,7 @@ from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoin
 from lightning_resume.checkpoint.layout import Found, newest_first, survey
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.retention import Policy, Saved, as_policy, superseded
-from lightning_resume.errors import CheckpointCorruptError, FallBackWarning, ResumeWarning
+from lightning_resume.errors import CheckpointCorruptError, FallBackWarning, ResumeError, ResumeWarning
 from lightning_resume.loading import UNUSABLE, load_first
 
 T = TypeVar("T")
@@ -155,6 +155,12 @@ class RunFolder:
 
     def _tidy(self) -> None:
         self.close()
+        try:
+            self._start_deleting()
+        except (OSError, ResumeError) as error:  # the save itself went well
+            _warn(ResumeWarning, f"Older checkpoints in {self.root} could not be looked through yet: {error}")
+
+    def _start_deleting(self) -> None:
         clean_leftovers(self.root)
         complete = newest_first(survey(self.root))
         named = {found.path.name: found.path for found in complete}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -21,8 +22,13 @@ from lightning_resume.checkpoint.manifest import is_plain_name
 from lightning_resume.checkpoint.names import LEAF_PREFIX
 from lightning_resume.errors import CheckpointCorruptError, CheckpointIncompleteError, UnsafeCheckpointError
 
-# a longer list in a state dict is more likely a trap than a state
-_MAX_LIST_INDEX = 10**7
+# longer lists and deeper dicts in a state are more likely a trap than a state
+_MAX_LISTS = 10**7
+_MAX_DEPTH = 500
+# their scales are no part of what DCP stores
+_QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+# beyond which torch makes no tensor, not even an empty one
+_MAX_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class Catalog:
         self.metadata = self._load(data)
         try:
             self._check()
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise self._corrupt(str(error)) from error
 
     @cached_property
@@ -73,6 +79,21 @@ class Catalog:
             raise CheckpointIncompleteError(f"{self._source} names no file for the item {index}: the save was partial.")
         return found
 
+    def check_item(self, index: MetadataIndex, tensor: torch.Tensor) -> None:
+        """Checks that the stored ``tensor`` is the shard that ``.metadata`` says it is.
+
+        Raises:
+            CheckpointCorruptError: It is of another shape or dtype.
+        """
+        stored = self.metadata.state_dict_metadata[index.fqn]
+        if not isinstance(stored, TensorStorageMetadata):
+            raise self._corrupt(f"{index.fqn!r} is no tensor")
+        shapes = [tuple(chunk.sizes) for chunk in stored.chunks if chunk.offsets == index.offset]
+        if tensor.dtype != stored.properties.dtype or tuple(tensor.shape) not in shapes:
+            expected = f"a {stored.properties.dtype} tensor of shape {shapes[0] if shapes else None}"
+            found = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+            raise self._corrupt(f"item {index.fqn!r}: expected {expected}, found {found}")
+
     def leaf_index(self, key: str) -> MetadataIndex:
         return MetadataIndex(key, (0,))
 
@@ -85,6 +106,8 @@ class Catalog:
         stored = self.metadata.state_dict_metadata[key]
         if not isinstance(stored, TensorStorageMetadata):
             return
+        for chunk in stored.chunks:
+            self.where(MetadataIndex(key, chunk.offsets))
         volume = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         if volume != math.prod(stored.size):
             raise CheckpointIncompleteError(
@@ -101,21 +124,38 @@ class Catalog:
             return load_metadata(data)
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpointError(
-                f"{self._source} was not loaded, since it could run code: it names {error}, which is no part of the "
-                "metadata of torch.distributed.checkpoint. Do not use this checkpoint unless you know where it is from."
+                f"{self._source} was not loaded, since it could run code or harm the process: it holds "
+                f"{error}, which is no part of the metadata of torch.distributed.checkpoint. Do not "
+                "use this checkpoint unless you know where it is from."
             ) from error
         except Exception as error:
             # what a damaged pickle raises is any of a dozen kinds
             raise self._corrupt(f"{type(error).__name__}: {error}") from error
 
     def _check(self) -> None:
-        _require(isinstance(self.metadata, Metadata), "not the metadata of a checkpoint")
+        _check_paths({key: self._path(key) for key in self.metadata.state_dict_metadata})
         for key, stored in self.metadata.state_dict_metadata.items():
-            _require(isinstance(key, str), f"the key {key!r}")
-            _check_stored(key, stored)
-            _check_path(key, self._path(key))
+            if isinstance(stored, TensorStorageMetadata):
+                self._check_tensor(key, stored)
+        places = {(info.relative_path, info.offset) for info in self._storage.values()}
+        _require(len(places) == len(self._storage), "two items in one place")
         for index, info in self._storage.items():
-            _check_info(index, info)
+            _require(is_plain_name(info.relative_path), f"the file name {info.relative_path[:200]!r} of {index}")
+
+    def _check_tensor(self, key: str, stored: TensorStorageMetadata) -> None:
+        _require(stored.properties.dtype not in _QUANTIZED, f"the dtype of {key!r}: {stored.properties.dtype}")
+        strides = math.prod(max(size, 1) for size in stored.size) * stored.properties.dtype.itemsize
+        _require(strides <= _MAX_BYTES, f"the shape of {key!r}: {tuple(stored.size)}")
+        for chunk in stored.chunks:
+            _check_chunk(key, stored, chunk)
+            place = self._storage.get(MetadataIndex(key, chunk.offsets))
+            claimed = math.prod(chunk.sizes) * stored.properties.dtype.itemsize
+            # before anything of that size is made
+            _require(
+                place is None or claimed <= place.length,
+                f"{key!r}: a shard of {claimed} bytes in an item of {0 if place is None else place.length} bytes",
+            )
+        _check_apart(key, stored.chunks)
 
     def _info(self, key: str) -> TensorInfo | None:
         stored = self.metadata.state_dict_metadata[key]
@@ -135,31 +175,57 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _check_stored(key: str, stored: object) -> None:
-    if isinstance(stored, BytesStorageMetadata):
+def _check_paths(paths: Mapping[str, ObjectPath]) -> None:
+    """Checks that the paths make up one nested state of dicts and lists, and no list of endless gaps."""
+    kinds: dict[ObjectPath, type] = {}
+    lengths: dict[ObjectPath, int] = {}
+    for key, path in paths.items():
+        _require(len(path) <= _MAX_DEPTH and isinstance(path[0], str), f"the path of {key!r}")
+        for place, part in enumerate(path):
+            _require(
+                kinds.setdefault(path[:place], type(part)) is type(part), f"the path of {key!r}: the part {part!r}"
+            )
+            if isinstance(part, int):
+                lengths[path[:place]] = max(lengths.get(path[:place], 0), part + 1)
+                _require(part >= 0, f"the path of {key!r}: the index {part}")
+    ends = set(paths.values())
+    _require(len(ends) == len(paths) and not ends & kinds.keys(), "a path that leads to two values")
+    _require(sum(lengths.values()) <= _MAX_LISTS, f"lists of {sum(lengths.values())} values in all")
+
+
+def _check_chunk(key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> None:
+    ranks = {len(stored.size), len(chunk.sizes), len(chunk.offsets)}
+    _require(len(ranks) == 1, f"the shapes of the shards of {key!r}")
+    ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+    _require(
+        all(end <= size for end, size in zip(ends, stored.size, strict=True)),
+        f"a shard of {key!r} of shape {tuple(chunk.sizes)} at {tuple(chunk.offsets)} in {tuple(stored.size)}",
+    )
+
+
+def _check_apart(key: str, chunks: Sequence[ChunkStorageMetadata]) -> None:
+    """Checks that no two shards overlap, so that shards of the tensor's volume are the whole tensor."""
+    boxes = [_box(chunk) for chunk in chunks if math.prod(chunk.sizes) > 0]
+    if len(boxes) < 2:
         return
-    _require(isinstance(stored, TensorStorageMetadata), f"{key!r} is a {type(stored).__name__}")
-    assert isinstance(stored, TensorStorageMetadata)
-    _require(isinstance(stored.properties.dtype, torch.dtype), f"the dtype of {key!r}")
-    sizes = [stored.size, *(size for chunk in stored.chunks for size in (chunk.sizes, chunk.offsets))]
-    _require({torch.Size} == {type(size) for size in sizes}, f"the shape of {key!r}")
-    _require(len({len(size) for size in sizes}) == 1, f"the shapes of the shards of {key!r}")
+    # most shardings are along one dimension, along which a sweep meets one shard at a time
+    along = max(range(len(boxes[0])), key=lambda dimension: len({box[dimension] for box in boxes}), default=None)
+    _require(along is not None, f"several shards of the scalar {key!r}")
+    assert along is not None
+    boxes.sort(key=lambda box: box[along])
+    active: list[_Box] = []
+    for box in boxes:
+        active = [other for other in active if other[along][1] > box[along][0]]
+        _require(not any(_overlap(box, other) for other in active), f"shards of {key!r} overlap")
+        active.append(box)
 
 
-def _check_path(key: str, path: object) -> None:
-    _require(isinstance(path, tuple) and len(path) > 0, f"the path of {key!r}")
-    assert isinstance(path, tuple)
-    for part in path:
-        is_index = isinstance(part, int) and 0 <= part <= _MAX_LIST_INDEX
-        _require(isinstance(part, str) or is_index, f"the path of {key!r}: {part!r}")
+_Box: TypeAlias = list[tuple[int, int]]
 
 
-def _check_info(index: object, info: object) -> None:
-    _require(isinstance(index, MetadataIndex), f"the index {index!r}")
-    _require(isinstance(info, StorageInfo), f"the place of {index}")
-    assert isinstance(info, StorageInfo)
-    _require(is_plain_name(info.relative_path), f"the file name {info.relative_path!r} of {index}")
-    for number in (info.offset, info.length):
-        _require(type(number) is int and number >= 0, f"the place of {index}: {number!r}")
-    if getattr(info, "transform_descriptors", None):
-        raise ValueError(f"{index} was written through stream extensions, which only stock torch reads")
+def _box(chunk: ChunkStorageMetadata) -> _Box:
+    return [(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return all(start < end_2 and start_2 < end for (start, end), (start_2, end_2) in zip(one, other, strict=True))

@@ -29,6 +29,7 @@ from lightning_resume.checkpoint.manifest import FileEntry, Manifest, read_manif
 from lightning_resume.checkpoint.names import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
+    find_leftovers,
     replacing_name,
     resolve,
     retired_path,
@@ -113,8 +114,8 @@ class RemoteCommit(Commit):
         names = target.names()
         if not names and target.is_file():
             raise FileExistsError(f"{target} is a file, and stores cannot replace it by a folder at once. Delete it.")
-        # asked for by name too: a listing may be stale
-        is_new = not names and (target / MANIFEST_NAME).size() is None
+        # asked for by its content: listings and sizes may be stale
+        is_new = not names and not _has_content(target / MANIFEST_NAME)
         if is_new:
             (target / UNFINISHED_NAME).make_parent()
             (target / UNFINISHED_NAME).put(b"")
@@ -176,20 +177,21 @@ def put_in_place(staged: Path, target: Path) -> None:
     """Gives the folder or file ``staged`` the name ``target``, durably, in place of what is there.
 
     At every instant ``target``, or its retired name (:func:`~lightning_resume.checkpoint.layout.resolve` finds it),
-    holds the old or the new one, whole. When this raises, the old one is in its place.
+    holds the old or the new one, whole. When this raises, the old one is in its place; a file that a file replaced
+    cannot be brought back, when the last fsync fails.
     """
     if os.path.lexists(target) and (_is_folder(staged) or _is_folder(target)):
         discard(_swap(staged, target))
     else:
-        os.rename(staged, target)
-        sync_folder(target.parent)
+        _rename(staged, target, may_return=not os.path.lexists(target))
 
 
 def commit_file(path: PathLike, write: Callable[[Any], None]) -> None:
     """Writes the single file ``path`` by ``write(file)``, durably and at once, in place of what is there.
 
     Raises:
-        OSError: It could not be written; what was at ``path`` is untouched.
+        OSError: It could not be written; what was at ``path`` is untouched, or, where only the last step of making it
+            durable failed, replaced.
         FileExistsError: ``path`` is a folder on a remote store.
     """
     target = as_path(path)
@@ -220,11 +222,13 @@ def delete_checkpoint(path: PathLike) -> None:
         return
     found = resolve(target)
     assert isinstance(found, Path)
+    older = _forget_retired(target, but=found)
     doomed = staged_path(target)
     # under its own name, a folder that lost its manifest would pass for a stock checkpoint
     os.rename(found, doomed)
     sync_folder(target.parent)
-    remove(doomed)
+    for path in (doomed, *older):
+        remove(path)
 
 
 def clean_leftovers(root: PathLike, *, name: str | None = None) -> list[AnyPath]:
@@ -267,15 +271,40 @@ def _swap(staged: Path, target: Path) -> Path:
 
 
 def _swap_in_two_steps(staged: Path, target: Path) -> Path:
+    for older in _forget_retired(target, but=target):
+        discard(older)
     retired = retired_path(target)
     os.rename(target, retired)
     try:
-        os.rename(staged, target)
+        _rename(staged, target, may_return=True)
     except OSError:
         os.rename(retired, target)
         raise
-    sync_folder(target.parent)
     return retired
+
+
+def _rename(staged: Path, target: Path, *, may_return: bool) -> None:
+    """Renames durably; where that cannot be made durable and nothing was replaced, takes it back."""
+    os.rename(staged, target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        if may_return:
+            os.rename(target, staged)
+        raise
+
+
+def _forget_retired(target: Path, *, but: Path) -> list[Path]:
+    """Takes from what earlier saves retired the name under which it would be found once ``target`` has none.
+
+    Returns where it is now. When this returns, no crash brings such a name back, nor one that was removed before.
+    """
+    older = [left.path for left in find_leftovers(target.parent) if left.retired and left.of == target]
+    doomed = {path: staged_path(target) for path in older if path != but}
+    for path, staged in doomed.items():
+        os.rename(path, staged)
+    sync_folder(target.parent)
+    return list(doomed.values())
 
 
 def _write_file(path: AnyPath, write: Callable[[Any], None]) -> None:
@@ -291,7 +320,7 @@ def _write_file(path: AnyPath, write: Callable[[Any], None]) -> None:
 def _commit_remote_file(target: RemotePath, write: Callable[[Any], None]) -> None:
     if target.names():
         raise FileExistsError(f"{target} is a folder, and stores cannot replace it by a file at once. Delete it.")
-    if target.puts_at_once:
+    if target.appears_at_close:
         _write_file(target, write)
         return
     staged = target.with_name(staged_path(Path(target.name)).name)
@@ -302,6 +331,14 @@ def _commit_remote_file(target: RemotePath, write: Callable[[Any], None]) -> Non
         with contextlib.suppress(OSError):
             staged.remove_file()
         raise
+
+
+def _has_content(file: RemotePath) -> bool:
+    try:
+        file.read(0, 1)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _put_surely(path: RemotePath, data: bytes) -> None:
@@ -320,17 +357,17 @@ def _put_surely(path: RemotePath, data: bytes) -> None:
 
 
 def _delete_remote(target: RemotePath) -> None:
-    if target.is_file():
-        target.remove_file()
-    elif target.names():
+    if target.names():
         _remove_remote(target)
+    elif target.is_file():
+        target.remove_file()
     else:
         raise FileNotFoundError(f"There is no checkpoint at {target}.")
 
 
 def _remove_remote(folder: RemotePath) -> None:
     """Removes a remote folder, or file, in an order in which no part of it ever passes for the whole."""
-    if folder.is_file():
+    if not folder.names():
         folder.remove_file()
         return
     (folder / UNFINISHED_NAME).put(b"")
@@ -340,13 +377,9 @@ def _remove_remote(folder: RemotePath) -> None:
 
 
 def _empty(folder: RemotePath, *, but: set[str]) -> None:
-    for name in folder.names():
+    for name, is_folder in folder.entries().items():
         if name not in but:
-            entry = folder / name
-            if entry.is_file():
-                entry.remove_file()
-            else:
-                entry.remove_folder()
+            (folder / name).remove_folder() if is_folder else (folder / name).remove_file()
 
 
 def _own_names(manifest: Manifest) -> set[str]:

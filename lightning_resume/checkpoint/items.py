@@ -113,7 +113,8 @@ class ItemSource:
         except FileNotFoundError:
             data = b""
         except OSError as error:
-            if error.errno != errno.EIO:
+            # of a store, EIO is any answer that its client does not know, and says nothing about the file
+            if self.is_remote or error.errno != errno.EIO:
                 raise
             raise self._corrupt(f"file {name}", f"{length} bytes from byte {offset}", str(error)) from error
         if len(data) != length:

@@ -26,7 +26,13 @@ from lightning_resume.checkpoint.names import (
 )
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, list_names
 from lightning_resume.checkpoint.remote import RemotePath
-from lightning_resume.errors import CheckpointIncompleteError, CheckpointVersionError, ResumeError
+from lightning_resume.errors import (
+    CheckpointCorruptError,
+    CheckpointIncompleteError,
+    CheckpointVersionError,
+    ResumeError,
+    StorageError,
+)
 
 __all__ = [
     "MANIFEST_NAME",
@@ -173,7 +179,7 @@ def _left_in(folder: RemotePath) -> list[AnyPath]:
     ours = {name for name in names if is_replacing_name(name)}
     try:
         manifest = read_manifest(folder) if MANIFEST_NAME in names else None
-    except ResumeError:
+    except (CheckpointCorruptError, CheckpointVersionError, CheckpointIncompleteError):
         return []
     if manifest is None:
         return [folder] if UNFINISHED_NAME in names else [folder / name for name in sorted(ours)]
@@ -189,6 +195,8 @@ def _look(path: AnyPath) -> Found | None:
         return Found(path=path, manifest=read_manifest(path))
     except (CheckpointIncompleteError, FileNotFoundError):
         return None
+    except StorageError:
+        raise  # a store that does not answer says nothing about the checkpoint
     except ResumeError as error:
         return Found(path=path, manifest=None, error=error)
 

@@ -163,7 +163,7 @@ def _parse(text: str | bytes, source: str) -> _Fields:
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{source} is not JSON: {error}. Load another checkpoint.") from error
+        raise CheckpointCorruptError(f"{source} is damaged: not JSON: {error}. Load another checkpoint.") from error
     if not isinstance(body, dict):
         raise _corrupt(source, "the whole", "a JSON object", type(body).__name__)
     return _Fields(source, "", body)
@@ -194,6 +194,9 @@ def _component(entry: _Fields) -> ComponentEntry:
 def _file(entry: _Fields) -> FileEntry:
     size = entry.integer("bytes")
     items = tuple(_item(entry, f"items[{i}]", item, size) for i, item in enumerate(entry.sequence("items")))
+    ends = [offset + length for offset, length, _ in items]
+    if items and [offset for offset, _, _ in items] + [size] != [0, *ends]:
+        raise entry.wrong("items", f"items that fill the file's {size} bytes without gaps", "others")
     return FileEntry(bytes=size, hash=entry.hash("hash"), items=items)
 
 

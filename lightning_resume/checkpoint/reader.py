@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from lightning_resume._distributed import agree, is_distributed
@@ -36,7 +38,7 @@ from lightning_resume.errors import (
     CheckpointIncompleteError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
-    UnsafeCheckpointError,
+    ResumeError,
 )
 
 __all__ = ["CheckpointReader", "TensorInfo"]
@@ -99,8 +101,12 @@ class CheckpointReader:
         """
         if not self.has_leaf(name):
             raise KeyError(name)
-        data = self._source.item(name, self._catalog.where(self._catalog.leaf_index(name)))
-        return self._as_tensor(name, data).numpy().tobytes()
+        index = self._catalog.leaf_index(name)
+        data = self._source.item(name, self._catalog.where(index))
+        tensor = self._as_tensor(index, data)
+        if tensor.dtype != torch.uint8:
+            raise CheckpointCorruptError(f"{self.path}: the leaf {name!r} is of {tensor.dtype}, not of bytes.")
+        return tensor.numpy().tobytes()
 
     def load_into(self, state: dict[str, Any], *, together: bool | None = None) -> None:
         """Fills the tensors in ``state`` in place and replaces its other values, as ``dcp.load`` does.
@@ -137,6 +143,8 @@ class CheckpointReader:
             UnsafeCheckpointError: An object's class is not on the allow-list.
         """
         wanted = [key for key, path in self.mappings.items() if prefixes is None or path[0] in prefixes]
+        for key in wanted:
+            self._catalog.check_covered(key)  # before room is made for what may not be there
         flat = {key: _empty(self.keys[key]) for key in wanted}
         flat |= self._fill(flat)
         return unflatten_state_dict(flat, dict(self.mappings))
@@ -151,7 +159,7 @@ class CheckpointReader:
             UnsafeCheckpointError: It holds classes that are not on the allow-list; names them.
             CheckpointCorruptError: The file differs from what was saved.
         """
-        if not self._source.has(META_NAME):
+        if self.manifest is None and not self._source.has(META_NAME):
             return {}
         data = self._source.whole(META_NAME)
         return self._decode(META_NAME, partial(safe_load, data, trust=self.trust or not weights_only))
@@ -204,14 +212,22 @@ class CheckpointReader:
         """Copies what is stored into the tensors of ``flat``; returns the other values by key."""
         for key in flat:
             self._catalog.check_covered(key)
+            self._check_empty(key)
         values: dict[str, Any] = {}
         for requests, data in self._items(self._requests(flat)):
             key = requests[0].storage_index.fqn
             if requests[0].type == LoadItemType.BYTE_IO:
                 values[key] = self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))
             else:
-                self._copy(flat, self._as_tensor(key, data), requests)
+                self._copy(flat, self._as_tensor(requests[0].storage_index, data), requests)
         return values
+
+    def _check_empty(self, key: str) -> None:
+        """Verifies the stored parts without elements, which no read plan asks for."""
+        stored = self._catalog.metadata.state_dict_metadata[key]
+        for chunk in stored.chunks if isinstance(stored, TensorStorageMetadata) else ():
+            if math.prod(chunk.sizes) == 0:
+                self._source.item(key, self._catalog.where(MetadataIndex(key, chunk.offsets)))
 
     def _items(self, wanted: Iterator[tuple[StorageInfo, list[ReadItem]]]) -> Iterator[tuple[list[ReadItem], bytes]]:
         """Yields the verified bytes of each stored item; those of a remote store are read ahead, in parallel."""
@@ -251,16 +267,15 @@ class CheckpointReader:
             target = _narrow(local_target(flat, request.dest_index), request.dest_offsets, request.lengths)
             target.copy_(_narrow(tensor, request.storage_offsets, request.lengths))
 
-    def _as_tensor(self, key: str, data: bytes) -> torch.Tensor:
-        tensor = self._decode(f"item {key!r}", partial(load_tensor, data))
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointCorruptError(f"{self.path}: item {key!r} is a {type(tensor).__name__}, not a tensor.")
+    def _as_tensor(self, index: MetadataIndex, data: bytes) -> torch.Tensor:
+        tensor: torch.Tensor = self._decode(f"item {index.fqn!r}", partial(load_tensor, data))
+        self._catalog.check_item(index, tensor)
         return tensor
 
     def _decode(self, what: str, load: Callable[..., Any]) -> Any:
         try:
             return load(name=f"{self.path}: {what}")
-        except UnsafeCheckpointError:
+        except ResumeError:
             raise
         except Exception as error:
             # what torch raises for damaged bytes is any of a dozen kinds

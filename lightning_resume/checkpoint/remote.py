@@ -1,12 +1,16 @@
 """Files on any filesystem that fsspec knows: object stores, SFTP, memory. Nothing here is cached or copied to disk.
 
 The client libraries (s3fs, gcsfs, adlfs, paramiko) do the transport and its retries. What they raise beyond ``OSError``
-becomes a :class:`~lightning_resume.errors.StorageError`.
+becomes a :class:`~lightning_resume.errors.StorageError`. Those that are not asynchronous inside are used by one thread
+at a time: paramiko hangs when two do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 import fsspec
+from fsspec.spec import AbstractBufferedFile
 
 from lightning_resume.errors import MissingPackageError, StorageError
 
@@ -48,10 +53,12 @@ class RemotePath:
         Raises:
             MissingPackageError: The package for this protocol is not installed.
             StorageError: It could not be set up.
+            ValueError: fsspec does not know the protocol.
         """
         try:
+            fsspec.get_filesystem_class(self.protocol)
             with _named("connecting to", self.url):
-                return fsspec.url_to_fs(self.url, **self.storage_options)[0]
+                return _quick(fsspec.url_to_fs(self.url, **self.storage_options)[0])
         except ImportError as error:
             extra = _EXTRAS.get(self.protocol)
             install = f'pip install "lightning-resume[{extra}]"' if extra else "install the package named above"
@@ -92,7 +99,7 @@ class RemotePath:
         return bool(self._info_of_folder())
 
     def exists(self) -> bool:
-        return self._info() is not None or self.is_dir()
+        return self.is_dir() or self._info() is not None
 
     def size(self) -> int | None:
         """Bytes of the file, None where there is none."""
@@ -101,8 +108,13 @@ class RemotePath:
 
     def names(self) -> list[str]:
         """The names in the folder; none where there is no folder."""
-        found = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self._info_of_folder())
-        return sorted(set(found) - {""})
+        return sorted(self.entries())
+
+    def entries(self) -> dict[str, bool]:
+        """What is in the folder, by name: whether it is a folder too."""
+        found = {e["name"].rstrip("/").rpartition("/")[2]: e["type"] == "directory" for e in self._info_of_folder()}
+        found.pop("", None)
+        return found
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """The bytes of the file, or as many from ``offset`` (bytes) as there are; large ranges in parallel.
@@ -110,7 +122,7 @@ class RemotePath:
         Raises:
             FileNotFoundError: There is no such file.
         """
-        with _named("reading", self.url):
+        with self._doing("reading"):
             if length is None:
                 return bytes(self.fs.cat_file(self.path))
             if length == 0:
@@ -123,7 +135,7 @@ class RemotePath:
 
     def put(self, data: bytes) -> None:
         """Makes ``data`` the content of the file, at once: a reader sees the old content, or all of the new."""
-        with _named("writing", self.url):
+        with self._doing("writing"):
             if self.puts_at_once:
                 self.fs.pipe_file(self.path, data)
                 return
@@ -141,31 +153,44 @@ class RemotePath:
 
     def rename(self, target: RemotePath) -> None:
         """Gives the file the name ``target``, in place of a file there."""
-        with _named("renaming", self.url):
+        with self._doing("renaming"):
             self.fs.mv(self.path, target.path)
 
     def remove_file(self) -> None:
         """Removes the file; no error where there is none."""
-        with _named("removing", self.url), contextlib.suppress(FileNotFoundError):
+        with self._doing("removing"), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path)
 
     def remove_folder(self) -> None:
         """Removes all that lies in the folder; no error where there is nothing."""
-        with _named("removing", self.url), contextlib.suppress(FileNotFoundError):
+        with self._doing("removing"), contextlib.suppress(FileNotFoundError):
             self.fs.invalidate_cache()
             self.fs.rm(self.path, recursive=True)
 
     @property
     def puts_at_once(self) -> bool:
+        """Whether :meth:`put` is one request, and not a rename."""
         protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple | list) else (self.fs.protocol,)
         return bool(_ATOMIC_PUT & set(protocols))
+
+    @property
+    def appears_at_close(self) -> bool:
+        """Whether a file that is being written is not to be seen before it is closed."""
+        return self.puts_at_once and self.protocol != "memory"
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        """Around every use of the filesystem."""
+        turn: Any = contextlib.nullcontext() if self.fs.async_impl else _turns.setdefault(self.fs, threading.RLock())
+        with _named(what, self.url), turn:
+            yield
 
     def make_parent(self) -> None:
         if not self.puts_at_once:
             self.fs.makedirs(self.parent.path, exist_ok=True)
 
     def _info(self) -> dict[str, Any] | None:
-        with _named("looking at", self.url):
+        with self._doing("looking at"):
             self.fs.invalidate_cache()
             try:
                 return dict(self.fs.info(self.path))
@@ -173,7 +198,7 @@ class RemotePath:
                 return None
 
     def _info_of_folder(self) -> list[dict[str, Any]]:
-        with _named("listing", self.url):
+        with self._doing("listing"):
             self.fs.invalidate_cache()
             try:
                 entries = self.fs.ls(self.path, detail=True)
@@ -184,14 +209,20 @@ class RemotePath:
         return [entry for entry in entries if entry["name"].rstrip("/") != own]
 
 
+# paramiko's connection hangs when two threads use it at once
+_turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
 class Upload:
     """A new remote file, which appears when it is closed: one part is sent while the next one is filled."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path = path
-        with _named("writing", path.url):
+        with path._doing("writing"):
             path.make_parent()
             self._file = path.fs.open(path.path, "wb", block_size=PART_BYTES)
+            if hasattr(self._file, "set_pipelined"):  # paramiko's would wait for an answer every 32 KiB
+                self._file.set_pipelined(True)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="lightning-resume-upload")
         self._sending: Future[None] | None = None
         self._part = bytearray()
@@ -218,7 +249,7 @@ class Upload:
         try:
             self._send()
             self._wait()
-            with _named("writing", self._path.url):
+            with self._path._doing("writing"):
                 self._file.close()
         except BaseException:
             self.discard()
@@ -229,14 +260,16 @@ class Upload:
             raise StorageError(f"{self._path} holds {stored} bytes after {self._bytes} were written to it.")
 
     def discard(self) -> None:
-        """Gives the upload up; the file does not appear, or is removed."""
+        """Gives the upload up: the file does not appear, or is removed."""
         self._sender.shutdown(wait=True, cancel_futures=True)
-        # a client that cannot take back what was sent would publish it when it is collected
-        self._file.closed = True
+        with contextlib.suppress(Exception), self._path._doing("giving up"):
+            if isinstance(self._file, AbstractBufferedFile):
+                self._file.closed = True  # else it would send what it holds when it is collected
+                self._file.discard()
+            else:
+                self._file.close()
         with contextlib.suppress(Exception):
-            self._file.discard()
-        with contextlib.suppress(Exception):
-            if not self._path.puts_at_once:
+            if not self._path.appears_at_close:
                 self._path.remove_file()
 
     def _send(self) -> None:
@@ -245,7 +278,7 @@ class Upload:
         self._sending = self._sender.submit(self._write, part)
 
     def _write(self, part: bytearray) -> None:
-        with _named("writing", self._path.url):
+        with self._path._doing("writing"):
             written = self._file.write(bytes(part))
         if written is not None and written != len(part):
             raise StorageError(f"{self._path}: {written} of {len(part)} bytes were taken.")
@@ -254,6 +287,13 @@ class Upload:
         if self._sending is not None:
             self._sending.result()
             self._sending = None
+
+
+def _quick(fs: Any) -> Any:
+    """Lets paramiko send at once what it is given; waiting for more costs a second for every megabyte."""
+    if "sftp" in fs.protocol:
+        fs.client.get_transport().sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return fs
 
 
 @contextlib.contextmanager

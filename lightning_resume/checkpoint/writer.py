@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from lightning_resume._distributed import RemoteError, agree, all_gather_object, broadcast_object, on_rank_zero, rank
 from lightning_resume.checkpoint.commit import Commit, begin, clean_leftovers
-from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
+from lightning_resume.checkpoint.filesystem import HashedFile, or_warn, torch_save
 from lightning_resume.checkpoint.layout import beside
 from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, to_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
@@ -136,7 +136,8 @@ def _finish(target: AnyPath, commit: Commit, shards: Shards, meta: object, draft
         nonfinite=shards.nonfinite,
     )
     commit.publish(manifest)
-    clean_leftovers(target.parent, name=target.name)
+    with or_warn(target):
+        clean_leftovers(target.parent, name=target.name)
     _warn_of_weights(target, last, manifest)
     return manifest
 
