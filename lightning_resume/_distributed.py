@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -32,7 +33,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     if world_size() == 1:
         return obj
     box = [obj]
-    with _together():
+    with together():
         dist.broadcast_object_list(box, src=src, device=_object_device())
     return box[0]
 
@@ -42,14 +43,18 @@ def all_gather_object(obj: T) -> list[T]:
     if world_size() == 1:
         return [obj]
     box: list[Any] = [None] * world_size()
-    with _together():
+    with together():
         dist.all_gather_object(box, obj)
     return box
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Around a collective: names what it means that one fails."""
+def together() -> Iterator[None]:
+    """Around a collective: names what it means that one fails.
+
+    Raises:
+        RankLostError: Another rank is gone, or did not answer in time.
+    """
     try:
         yield
     except RuntimeError as error:  # DistBackendError, DistNetworkError and gloo's own are
@@ -92,6 +97,14 @@ def agree(what: str, act: Callable[[], T]) -> T:
             raise remote
         raise same from remote
     return result  # type: ignore[return-value]
+
+
+def sendable(error: Exception) -> Exception:
+    """Returns ``error``, or what stands for it where it would not come back from being pickled."""
+    if _Failure.of(error).pickled is not None:
+        return error
+    text = f"{type(error).__name__}: {error}"
+    return OSError(error.errno or errno.EIO, text) if isinstance(error, OSError) else ResumeError(text)
 
 
 class _Failure(NamedTuple):

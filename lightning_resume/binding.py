@@ -304,7 +304,8 @@ class TrainerBinding:
                 stock()
             return
         between_epochs = resume.cursor in (Cursor.EPOCH, Cursor.EPOCH_END)
-        self._place_loaders(resume, between_epochs=between_epochs)
+        place = lambda: self._place_loaders(resume, between_epochs=between_epochs)  # noqa: E731
+        _distributed.agree("placing the loaders", place)
         if between_epochs:
             self._loops.forget_restart()
             if self._loops.first_epoch:

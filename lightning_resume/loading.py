@@ -184,7 +184,7 @@ def load_folder(
         load_own_buffers(objects.modules, components)
         for key in groups:
             _load_optimizer(reader, key, objects.optimizers[key], objects.owners)
-    _load_others(state, objects, meta, components)
+    _distributed.agree("restoring objects", lambda: _load_others(state, objects, meta, components))
     return Loaded(remainder=meta, components=components)
 
 
@@ -225,7 +225,7 @@ def load_single_file(
     for key, optimizer in objects.optimizers.items():
         if key in content:
             collect.load_full_optimizer_state(optimizer, content.pop(key), objects.owners)
-    _load_others(state, objects, content, components)
+    _distributed.agree("restoring objects", lambda: _load_others(state, objects, content, components))
     return Loaded(remainder=content, components=components)
 
 

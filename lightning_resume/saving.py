@@ -81,17 +81,20 @@ def save_folder(
     earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
     """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
-    filter = filter or {}
     tensors: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
     weights: dict[str, set[str]] = {}
-    for key, module in objects.modules.items():
-        tensors[key] = _filtered(key, _with(collect.model_state(module), key, earlier_buffers), filter)
-        buffers[key] = collect.buffers_of(module, tensors[key])
-        weights[key] = collect.weights_of(module, tensors[key])
-    for key, optimizer in objects.optimizers.items():
-        tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
-    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+
+    def collect_all() -> dict[str, Any]:
+        for key, module in objects.modules.items():
+            tensors[key] = _filtered(key, _with(collect.model_state(module), key, earlier_buffers), filter)
+            buffers[key] = collect.buffers_of(module, tensors[key])
+            weights[key] = collect.weights_of(module, tensors[key])
+        for key, optimizer in objects.optimizers.items():
+            tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
+        return {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+
+    meta = _distributed.agree("collecting the state", collect_all)
     return save_state(path, tensors, meta, components, buffers=buffers, weights=weights, about=about, validate=validate)
 
 
@@ -114,12 +117,13 @@ def save_state(
         validate_replicas(alike, validate)
     if _distributed.rank() > 0:  # of what all ranks hold, DCP keeps any rank's; of buffers it is to be rank 0's
         tensors = alike
+    leaves, described = _distributed.agree("packing what is no tensor", lambda: (to_leaves(stored), entries(stored)))
     return write_checkpoint(
         path,
         state=tensors,
-        leaves=to_leaves(stored),
+        leaves=leaves,
         meta=dict(meta),
-        components=entries(stored),
+        components=described,
         step=about.step,
         epoch=about.epoch,
         topology=about.topology,
@@ -151,15 +155,18 @@ def save_file(
         filter: As in ``fabric.save``.
         write: Writes the content on rank 0, instead of us: a ``CheckpointIO`` of the user's.
     """
-    filter = filter or {}
     content: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
-    for key, module in objects.modules.items():
-        content[key] = _filtered(key, _with(collect.full_model_state(module), key, earlier_buffers), filter)
-        buffers[key] = collect.buffers_of(module, _with(collect.model_state(module), key, earlier_buffers))
-    for key, optimizer in objects.optimizers.items():
-        content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
-    meta = {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+
+    def collect_all() -> dict[str, Any]:
+        for key, module in objects.modules.items():
+            content[key] = _filtered(key, _with(collect.full_model_state(module), key, earlier_buffers), filter)
+            buffers[key] = collect.buffers_of(module, _with(collect.model_state(module), key, earlier_buffers))
+        for key, optimizer in objects.optimizers.items():
+            content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
+        return {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+
+    meta = _distributed.agree("collecting the state", collect_all)
     content |= meta
     content[FILE_KEY] = to_file(with_own_values(meta, components, buffers))
     write_file(path, content, write=write)
@@ -202,7 +209,8 @@ def _with(state: dict[str, Any], key: str, buffers: Mapping[str, Mapping[str, An
     return state | {name: value for name, value in (buffers or {}).get(key, {}).items() if name in state}
 
 
-def _filtered(key: str, state: Any, filter: Filter) -> Any:
+def _filtered(key: str, state: Any, filter: Filter | None) -> Any:
+    filter = filter or {}
     return collect.restrict(state, filter[key]) if key in filter and isinstance(state, Mapping) else state
 
 

@@ -15,6 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_resume import loading, saving
+from lightning_resume._distributed import agree
 from lightning_resume._lightning import (
     DDPStrategy,
     FSDPStrategy,
@@ -215,7 +216,8 @@ class ResumeMixin:
         if resumes and loaded.components is not None:
             if _PRECISION in loaded.components:
                 self.precision.load_state_dict(loaded.components.value(_PRECISION, 0))  # type: ignore[attr-defined]
-            self._tracker.restore(loaded.components, strict=strict)
+            components = loaded.components
+            agree("restoring the loaders", lambda: self._tracker.restore(components, strict=strict))
         elif resumes:
             loading.warn_foreign(found)
         return loaded.remainder

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_resume import ResumeCallback
+from lightning_resume import KeepBest, KeepEvery, KeepLast, ResumeCallback, list_checkpoints
 from tests.toy_trainer import Net, Quiet, assert_same, fit
 
 
@@ -29,6 +29,14 @@ def test_it_keeps_the_last_checkpoints_only(tmp_path: Path) -> None:
 def test_it_keeps_all_checkpoints_when_told_to(tmp_path: Path) -> None:
     fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep=None))
     assert names(tmp_path / "r") == steps(*range(1, 9))
+
+
+def test_it_takes_policies_and_the_metrics_that_were_logged(tmp_path: Path) -> None:
+    keep = KeepLast(1) | KeepBest(1, "val") | KeepEvery(steps=5)
+    fit(tmp_path, max_epochs=3, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1, keep=keep))
+    losses = {info.step: info.metrics["val"] for info in list_checkpoints(tmp_path / "r") if "val" in info.metrics}
+    assert {5, 10, 12} <= losses.keys()
+    assert len(names(tmp_path / "r")) == len({5, 10, 12, min(sorted(losses), key=losses.__getitem__)})
 
 
 def test_without_an_interval_it_saves_after_every_epoch(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import shutil
 import subprocess
@@ -52,11 +53,9 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Recordi
 
 
 def record_all(scenarios: Mapping[str, Scenario], factory: pytest.TempPathFactory) -> Mapping[str, Recording]:
-    if (
-        shutil.which("strace") is None
-        or subprocess.run(["strace", "true"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("needs strace, and to be allowed to trace: apt-get install strace")
+    if not can_trace():
+        needed = "needs strace, and to be allowed to trace: apt-get install strace"
+        pytest.fail(needed) if os.environ.get("CI") else pytest.skip(needed)
     folder = factory.mktemp("crashes") / "recorded"
     return dict(zip(scenarios, record(list(scenarios.values()), folder), strict=True))
 

@@ -100,8 +100,15 @@ def settle(components: Iterable[Component]) -> list[Component]:
         CheckpointSaveError: A required REPLICATED component differs between ranks.
     """
     components = list(components)
-    digests = _distributed.all_gather_object([digest(component.value) for component in components])
-    return [_settled(component, [of_rank[i] for of_rank in digests]) for i, component in enumerate(components)]
+    hash_all = lambda: {component.name: digest(component.value) for component in components}  # noqa: E731
+    of_ranks = _distributed.all_gather_object(_distributed.agree("hashing what is no tensor", hash_all))
+    for rank, digests in enumerate(of_ranks):
+        if digests.keys() != of_ranks[0].keys():
+            raise CheckpointSaveError(
+                f"Rank {rank} saves {sorted(digests.keys() ^ of_ranks[0].keys())} and rank 0 does not, or the other way"
+                " round. Give save the same keys on every rank; a rank without a value can give None."
+            )
+    return [_settled(component, [digests[component.name] for digests in of_ranks]) for component in components]
 
 
 def _settled(component: Component, digests: list[str]) -> Component:

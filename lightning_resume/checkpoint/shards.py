@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from lightning_resume._distributed import is_distributed
+from lightning_resume._distributed import is_distributed, sendable, together
 from lightning_resume.checkpoint._dcp import CheckpointException, StorageInfo, dump_metadata, save
 from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
 from lightning_resume.checkpoint.manifest import FileEntry, Item
@@ -51,9 +51,11 @@ def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[
 
     Raises:
         CheckpointException: It failed on at least one rank; raised on all. This is a BaseException.
+        RankLostError: A rank is gone.
     """
     writer = _ShardWriter(folder, frozenset(weights))
-    save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed())
+    with together():  # what a rank's own errors become is no RuntimeError
+        save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed())
     return writer.shards
 
 
@@ -94,11 +96,9 @@ class _ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             written = _write_plan(self._folder, plan, planner, self._weights)
-        except OSError:
-            raise
         except Exception as error:
-            # the error of a user's object may not survive the pickling between ranks, which would then hang
-            raise CheckpointSaveError(f"{type(error).__name__}: {error}") from error
+            # one that does not survive the pickling between ranks would leave the others waiting
+            raise sendable(error) from error
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
         return future
