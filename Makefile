@@ -14,7 +14,7 @@ DEBIAN_PACKAGES := openssh-server libwrap0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format kill-matrix clean
+.PHONY: help demo test lint format kill-matrix storm bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,15 @@ format: $(STAMP) ## put the code into its format and fix what can be fixed
 
 kill-matrix: $(STAMP) ## kill at every step, for every strategy, in both stacks (long)
 	$(BIN)/python -m tests.kill_matrix --all
+
+storm: $(STAMP) ## the large settings: random kills, crash points, flipped bits, hostile files (half an hour)
+	$(BIN)/python -m tests.sigkill --kills 200 --seed 0
+	$(BIN)/python -m tests.crash_model --large
+	$(BIN)/python -m tests.test_corruption
+	$(BIN)/python -m tests.test_hostile
+
+bench: $(STAMP) ## what hashing costs a save, beside stock DCP
+	$(BIN)/python benchmarks/save.py
 
 clean: ## remove what the targets above made, .venv too
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info lightning_logs demo-out
