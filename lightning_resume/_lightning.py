@@ -43,7 +43,6 @@ __all__ = [
     "SingleDeviceStrategy",
     "fit_argument",
     "is_fitting",
-    "is_interrupt",
     "is_sharded",
     "rank_zero_info",
     "rank_zero_warn",
@@ -60,11 +59,6 @@ def user_checkpoint_io(strategy: Any) -> Any:
 def is_sharded(strategy: Any) -> bool:
     """Whether a Trainer strategy shards the model and loads it itself: FSDP and ModelParallel."""
     return {"FSDPStrategy", "ModelParallelStrategy"} & {cls.__name__ for cls in type(strategy).__mro__} != set()
-
-
-def is_interrupt(exception: BaseException) -> bool:
-    """Whether somebody ended the run, and not an error of its own."""
-    return isinstance(exception, KeyboardInterrupt) or type(exception).__name__ == "SIGTERMException"
 
 
 def is_fitting(trainer: Any) -> bool:

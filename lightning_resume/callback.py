@@ -9,13 +9,13 @@ from datetime import timedelta
 from typing import Any
 
 from lightning_resume import _distributed
-from lightning_resume._lightning import Checkpoint, is_fitting, is_interrupt, rank_zero_info
+from lightning_resume._lightning import Checkpoint, is_fitting, rank_zero_info
 from lightning_resume.binding import TrainerBinding
 from lightning_resume.checkpoint.layout import Found, newest, step_name
 from lightning_resume.checkpoint.retention import Policy
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.loading import Verify
-from lightning_resume.run_folder import RunFolder
+from lightning_resume.run_folder import RunFolder, is_no_crash
 from lightning_resume.saving import OnSaveError
 
 
@@ -159,7 +159,7 @@ class ResumeCallback(Checkpoint):
         self._folder.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if is_interrupt(exception):
+        if is_no_crash(exception):
             self._folder.withdraw()
         self._folder.close()
 

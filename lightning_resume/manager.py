@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 
 from lightning_resume import _distributed, loading, saving
 from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
 from lightning_resume.checkpoint.layout import Found, leftovers, look_at, newest_first, step_name, survey
+from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.names import is_step_name
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.retention import AnyOf, KeepBest, Policy, as_policy, superseded
@@ -21,7 +23,7 @@ from lightning_resume.data.position import Resumable
 from lightning_resume.errors import CheckpointNotFoundError
 from lightning_resume.loading import Verify
 from lightning_resume.run import describe, restore_rng, rng_component
-from lightning_resume.run_folder import MAX_ATTEMPTS, RunFolder, as_saved
+from lightning_resume.run_folder import MAX_ATTEMPTS, RunFolder, as_saved, is_no_crash
 from lightning_resume.saving import About, CheckpointOptions, OnSaveError
 from lightning_resume.state import rng
 from lightning_resume.state.objects import Objects
@@ -208,8 +210,8 @@ class CheckpointManager:
         whole = dict(state) if user_content is None else {**state, _USER_CONTENT: user_content}
         saved: CheckpointInfo | None = None
         with self._on_save_error.applied():
-            self._save(path, whole, dataclasses.replace(self._options, about=about), filter)
-            saved = _distributed.on_rank_zero(f"looking at {path}", lambda: _info(_found(path)))
+            manifest = self._save(path, whole, dataclasses.replace(self._options, about=about), filter)
+            saved = _info(Found(path=path, manifest=manifest))
             self._folder.tidy()
         return saved
 
@@ -252,9 +254,8 @@ class CheckpointManager:
         candidates = self._folder.candidates(tagged=True)
         if not candidates:
             return None
-        self._watch(state)
         load = lambda found: self._load(found, state, strict=strict, trust=trust)  # noqa: E731
-        return self._folder.load_newest(load, candidates)
+        return self._folder.load_newest(load, candidates, counts=self._watch(state))
 
     def list(self) -> list[CheckpointInfo]:
         """The complete checkpoints, newest first."""
@@ -285,21 +286,26 @@ class CheckpointManager:
 
     def prune(self) -> Sequence[str]:
         """Deletes now what unfinished saves left and what is not to be kept; returns what was deleted."""
-        self.close()
+        self._folder.close()
         root, keep = self._folder.root, self._folder.keep
         return _distributed.on_rank_zero(f"pruning {root}", lambda: prune(root, keep=keep))
 
     def close(self) -> None:
-        """Waits for what is being deleted in the background. Not a collective."""
+        """Waits for what is being deleted in the background, at the end of the run. Not a collective.
+
+        Called while no exception is on its way, it also says that the run went well, however few its steps were.
+        """
+        if sys.exc_info()[0] is None:
+            self._folder.withdraw()
         self._folder.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, KeyboardInterrupt):
+        if error is None or is_no_crash(error):
             self._folder.withdraw()
-        self.close()
+        self._folder.close()
 
     def _save(
         self,
@@ -307,17 +313,17 @@ class CheckpointManager:
         state: dict[str, Any],
         options: CheckpointOptions,
         filter: Mapping[str, Callable[[str, Any], bool]] | None,
-    ) -> None:
+    ) -> Manifest:
         if self._fabric is not None:
             with self._fabric.strategy.using(options):
                 self._fabric.save(path, state, filter=filter)
-            return
+            return cast(Manifest, self._fabric.strategy.saved)
         loaders = [value for value in state.values() if isinstance(value, Resumable)]
         about = dataclasses.replace(options.about, topology=Topology.of().to_manifest(loaders=describe(loaders)))
         with rng.preserved():
             components = [rng_component(rng.capture())]
             how: dict[str, Any] = {"about": about, "validate": options.validate, "filter": filter}
-            saving.save_folder(path, Objects.of(state), components, **how)
+            return saving.save_folder(path, Objects.of(state), components, **how)
 
     def _load(self, path: AnyPath, state: dict[str, Any], *, strict: bool, trust: bool) -> Any:
         found = _distributed.on_rank_zero(f"looking at {path}", lambda: _found(path))
@@ -337,12 +343,13 @@ class CheckpointManager:
             restore_rng(loaded.components)
         return loaded.remainder
 
-    def _watch(self, state: Mapping[str, Any]) -> None:
-        """Counts the steps of the first optimizer in ``state``: a run that goes on for some is taken to go well."""
+    def _watch(self, state: Mapping[str, Any]) -> bool:
+        """Counts the steps of the first optimizer in ``state``, if any: a run that goes on for some goes well."""
         optimizers = [value for value in state.values() if isinstance(getattr(value, "optimizer", value), Optimizer)]
         if optimizers:
             optimizer = getattr(optimizers[0], "optimizer", optimizers[0])
             optimizer.register_step_post_hook(lambda *_: self._folder.stepped())
+        return bool(optimizers)
 
 
 def _found(path: AnyPath) -> Found:

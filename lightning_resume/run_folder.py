@@ -14,8 +14,15 @@ from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoin
 from lightning_resume.checkpoint.layout import Found, newest_first, survey
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.retention import Policy, Saved, as_policy, superseded
-from lightning_resume.errors import CheckpointCorruptError, FallBackWarning, ResumeError, ResumeWarning
-from lightning_resume.loading import UNUSABLE, load_first
+from lightning_resume.errors import (
+    CheckpointCorruptError,
+    CheckpointSaveError,
+    FallBackWarning,
+    ResumeError,
+    ResumeWarning,
+    StorageError,
+)
+from lightning_resume.loading import load_first
 
 T = TypeVar("T")
 
@@ -64,21 +71,25 @@ class RunFolder:
         """
         return _distributed.on_rank_zero(f"looking for checkpoints in {self.root}", lambda: self._candidates(tagged))
 
-    def load_newest(self, load: Callable[[AnyPath], T], candidates: Sequence[Found]) -> T:
-        """Returns ``load(path)`` of the first of ``candidates`` that verifies; ``load`` is a collective.
+    def load_newest(self, load: Callable[[AnyPath], T], candidates: Sequence[Found], *, counts: bool = True) -> T:
+        """Returns ``load(path)`` of the first of ``candidates`` that verifies. A collective.
 
-        ``load`` must raise the same error on every rank.
+        Args:
+            load: Loads a checkpoint; raises the same error on every rank.
+            candidates: In the order in which to try them.
+            counts: Whether the run goes on from it, so that the attempt is counted.
 
         Raises:
             CheckpointCorruptError: None of them does.
         """
 
         def attempt(found: Found) -> T:
-            self._begin(found)
+            if counts:
+                self._begin(found)
             try:
                 return load(found.path)
-            except UNUSABLE:
-                self.withdraw()
+            except (ResumeError, OSError):
+                self.withdraw()  # refused, not crashed
                 raise
 
         return load_first(candidates, attempt, lambda found: str(found.path))
@@ -168,6 +179,17 @@ class RunFolder:
         if doomed:
             self._remover = threading.Thread(target=_delete, args=(doomed,), name="lightning-resume-delete")
             self._remover.start()
+
+
+def is_no_crash(error: BaseException) -> bool:
+    """Whether ``error`` says nothing against the checkpoint that the run was begun from.
+
+    So it is when somebody ended the run, and when a checkpoint could not be saved or a store not be reached.
+    """
+    ended = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
+    # of Lightning, under either of its package names
+    by_signal = type(error).__name__ == "SIGTERMException"
+    return ended or by_signal or isinstance(error, CheckpointSaveError | StorageError)
 
 
 def as_saved(found: Found) -> Saved:

@@ -25,6 +25,7 @@ from lightning_resume._lightning import (
 )
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
@@ -65,6 +66,8 @@ class ResumeMixin:
     """
 
     _save_distributed_checkpoint: bool
+    saved: Manifest | None = None
+    """Of the last folder that was saved."""
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class ResumeMixin:
             if about.step is None:
                 about = dataclasses.replace(about, step=self._tracker.steps)
             how: dict[str, Any] = {"about": about, "validate": self._options.validate}
-            saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **how)
+            self.saved = saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **how)
         else:
             write = self._user_io(path, storage_options)
             saving.save_file(path, objects, components, filter=filter, earlier_buffers=earlier, write=write)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import codecs
 import copy
+import io
 import json
 import pickle
 import resource
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ import torch
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 
+from lightning_resume.checkpoint import safe
 from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
@@ -508,3 +511,11 @@ def main(examples: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]) if len(sys.argv) > 1 else ALL_EXAMPLES)
+
+
+def test_the_size_of_compressed_records_is_known_without_the_help_of_a_newer_torch() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**6))
+    assert len(buffer.getvalue()) < 10**4
+    assert safe._record_bytes(object(), [], buffer.getvalue()) == 10**6

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_resume import (
     CheckpointCorruptError,
     CheckpointManager,
+    CheckpointMismatchError,
+    CheckpointSaveError,
     FallBackWarning,
     ReplicaMismatchError,
     ResumeCallback,
@@ -189,15 +192,65 @@ def test_some_good_steps_take_the_attempt_back(tmp_path: Path) -> None:
         (tmp_path / "attempts.json").unlink()
 
 
-def test_an_interrupt_from_the_keyboard_is_no_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(0), CheckpointSaveError("full")])
+def test_what_says_nothing_against_the_checkpoint_is_no_crash(tmp_path: Path, error: BaseException) -> None:
     saved(tmp_path, 1)
     again = Toy(fabric(), seed=2)
     manager = CheckpointManager(tmp_path, fabric=again.fabric)
     manager.load(again.state)
     assert attempts(tmp_path) == {step_name(1): 1}
-    with pytest.raises(KeyboardInterrupt), manager:
-        raise KeyboardInterrupt
+    with pytest.raises(type(error)), manager:
+        raise error
     assert attempts(tmp_path) == {}
+
+
+@pytest.mark.parametrize("error", [ValueError("nan"), SystemExit(1)])
+def test_a_crash_counts_also_where_the_manager_is_closed(tmp_path: Path, error: BaseException) -> None:
+    saved(tmp_path, 1)
+
+    def run(close: bool) -> None:
+        again = Toy(fabric(), seed=2)
+        manager = CheckpointManager(tmp_path, fabric=again.fabric)
+        try:
+            manager.load(again.state)
+            raise error
+        finally:
+            if close:
+                manager.close()
+
+    for count in (1, 2):
+        with pytest.raises(type(error)):
+            run(close=count == 1)
+        assert attempts(tmp_path) == {step_name(1): count}
+
+
+def test_a_short_run_that_ends_well_and_an_evaluation_are_no_crashes(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    for _ in range(3):
+        again = Toy(fabric(), seed=2)
+        manager = CheckpointManager(tmp_path, fabric=again.fabric)
+        manager.load(again.state)
+        again.train(1)
+        manager.close()
+    for _ in range(3):
+        CheckpointManager(tmp_path, fabric=again.fabric).load({"model": again.model})
+    other = Toy(fabric(), seed=2, net=lambda: torch.nn.Linear(3, 1))  # type: ignore[arg-type,return-value]
+    for _ in range(3):
+        with pytest.raises(CheckpointMismatchError):
+            CheckpointManager(tmp_path, fabric=other.fabric).load(other.state)
+    assert attempts(tmp_path) == {}
+
+
+def test_folders_of_other_tools_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
+    for name, content in (("web", '{"name": "app"}'), ("newer", '{"format_version": 2}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(content)
+    again = Toy(fabric(), seed=2)
+    manager = CheckpointManager(tmp_path, fabric=again.fabric)
+    assert (manager.load(again.state), manager.loaded, manager.list()) == (None, None, [])
+    saved(tmp_path, 1)
+    manager.load(again.state)
+    assert again.state["step"] == 1
 
 
 def test_where_every_checkpoint_crashes_the_run_the_newest_is_tried_again(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class RemoteCommit(Commit):
     def publish(self, manifest: Manifest) -> None:
         self._check_stored(manifest)
         manifest = dataclasses.replace(manifest, folder=self.prefix)
-        _put_surely(self.target / MANIFEST_NAME, to_json(manifest).encode())
+        self._put_manifest(to_json(manifest).encode())
         with or_warn(self.target):
             self._remove_all_but(manifest)
 
@@ -158,6 +158,18 @@ class RemoteCommit(Commit):
             for (name, entry), found in zip(manifest.files.items(), sizes, strict=True):
                 if found != entry.bytes:
                     raise StorageError(f"{self.folder / name} holds {found} bytes after {entry.bytes} were written.")
+
+    def _put_manifest(self, new: bytes) -> None:
+        """Puts the manifest; where it was stored in part and yet reported as done, puts the old one back."""
+        file = self.target / MANIFEST_NAME
+        old = file.read() if self.prefix is not None and _has_content(file) else None
+        try:
+            _put_surely(file, new)
+        except OSError:
+            with or_warn(file):
+                if old is not None and file.read() not in (old, new):
+                    file.put(old)
+            raise
 
     def _remove_all_but(self, manifest: Manifest) -> None:
         _empty(self.target, but={MANIFEST_NAME} | _own_names(manifest))

@@ -105,7 +105,8 @@ def survey(root: PathLike, *, tagged: bool = False) -> list[Found]:
     Where there is no manifest at all, nothing is found: such a folder is not ours, or was never finished.
     """
     folder = as_path(root)
-    return look_at([folder / name for name in _names_in(folder) if tagged or is_step_name(name)])
+    found = look_at([folder / name for name in _names_in(folder) if tagged or is_step_name(name)])
+    return [one for one in found if one.error is None or is_step_name(one.path.name) or _holds_shards(one.path)]
 
 
 def look_at(paths: Sequence[AnyPath]) -> list[Found]:
@@ -199,6 +200,11 @@ def _look(path: AnyPath) -> Found | None:
         raise  # a store that does not answer says nothing about the checkpoint
     except ResumeError as error:
         return Found(path=path, manifest=None, error=error)
+
+
+def _holds_shards(folder: AnyPath) -> bool:
+    """Whether an unreadable ``manifest.json`` there is ours: other tools have files of that name, too."""
+    return any(name == METADATA_NAME or is_replacing_name(name) for name in list_names(folder))
 
 
 def _each(look: Callable[[P], T], paths: Sequence[P], *, at_once: bool) -> list[T]:
