@@ -87,7 +87,7 @@ class Loops:
         self._fit = trainer.fit_loop
         self._epoch = trainer.fit_loop.epoch_loop
 
-    def wrap(self, *, resume_start: Callable[..., None], **wrappers: Callable[..., None]) -> None:
+    def wrap(self, *, resume_start: Callable[..., None], **wrappers: Callable[..., Any]) -> None:
         """Puts each wrapper in place of the method of its name; it is given the original as its first argument."""
         targets = {
             "run": (self._fit, "run"),
@@ -98,6 +98,7 @@ class Loops:
             "advance": (self._epoch, "advance"),
             "on_batch_advance_end": (self._epoch, "on_advance_end"),
             "validate": (self._epoch.val_loop, "run"),
+            "dump_checkpoint": (self.trainer._checkpoint_connector, "dump_checkpoint"),
         }
         for name, wrapper in wrappers.items():
             owner, method = targets[name]

@@ -138,9 +138,14 @@ class TrainerBinding:
             on_batch_advance_end=self._end_batch,
             on_epoch_advance_end=self._end_epoch,
             validate=self._validate,
+            dump_checkpoint=self._dump,
         )
 
     # -- saving
+
+    def _dump(self, stock: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Collects the state on all ranks; the user's hooks in there may fail on one."""
+        return _distributed.agree("collecting the state", lambda: stock(*args, **kwargs))
 
     def _save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         with rng.preserved():

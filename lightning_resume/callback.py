@@ -12,7 +12,7 @@ from lightning_resume import _distributed
 from lightning_resume._lightning import Checkpoint, is_fitting, rank_zero_info
 from lightning_resume.binding import TrainerBinding
 from lightning_resume.checkpoint.layout import Found, newest, step_name
-from lightning_resume.checkpoint.retention import Policy
+from lightning_resume.checkpoint.retention import Policy, best_policy
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.loading import Verify
 from lightning_resume.run_folder import RunFolder, is_no_crash
@@ -100,13 +100,17 @@ class ResumeCallback(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """The newest checkpoint, for ``trainer.test(ckpt_path="best")`` where there is no ``ModelCheckpoint``."""
-        return str(newest(self._folder.root) or "")
+        """For ``trainer.test(ckpt_path="best")``: the best by the first ``KeepBest`` in ``keep``, else the newest.
+
+        One whose weights are not finite is neither.
+        """
+        best = self._folder.best(best_policy(self._folder.keep))
+        return "" if best is None else str(best.path)
 
     @property
     def last_model_path(self) -> str:
         """The newest complete checkpoint of the run folder."""
-        return self.best_model_path
+        return str(newest(self._folder.root) or "")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._binding is None or self._binding.trainer is not trainer:
@@ -124,13 +128,18 @@ class ResumeCallback(Checkpoint):
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
 
     def _find(self) -> list[Found]:
-        if self.resume == "never" or self.trainer.fast_dev_run:
+        if self.resume == "never" or not self._is_active:
             return []
         found = self._folder.candidates()
         rank_zero_info(
             f"Resuming from {found[0].path}." if found else f"No checkpoint in {self.dirpath!r}: a fresh run starts."
         )
         return found
+
+    @property
+    def _is_active(self) -> bool:
+        """Not in a trial run, nor where the tuner has taken the callbacks away to try learning rates."""
+        return not self.trainer.fast_dev_run and any(callback is self for callback in self.trainer.callbacks)
 
     @property
     def trainer(self) -> Any:
@@ -184,11 +193,12 @@ class ResumeCallback(Checkpoint):
         return _distributed.broadcast_object(passed)
 
     def _save(self) -> None:
-        if self.trainer.fast_dev_run:
+        if not self._is_active:
             return
         assert self._binding is not None
         path = self._folder.root / step_name(self.trainer.global_step)
         self._saved_at = time.monotonic()
+        self._folder.make_way(path)
         with self.on_save_error.applied(), self._binding.checkpoints.as_folder():
             self.trainer.save_checkpoint(path, weights_only=False)
             self._saved_step = self.trainer.global_step

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
-from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
+from lightning_resume.checkpoint.layout import Found, Kind, classify, newest_first, resolve, survey
 from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
@@ -74,9 +74,9 @@ def locate(path: PathLike) -> tuple[list[str], Kind]:
     def look() -> tuple[list[str], Kind]:
         kind = classify(path)
         if kind is Kind.RUN_FOLDER:
-            found = list_checkpoints(path)
+            found = usable(path, survey(path))
             if found:
-                return list(map(str, found)), Kind.RESUMABLE
+                return [str(one.path) for one in found], Kind.RESUMABLE
         if kind in (Kind.MISSING, Kind.NOT_A_CHECKPOINT):
             raise CheckpointNotFoundError(
                 f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
@@ -84,6 +84,25 @@ def locate(path: PathLike) -> tuple[list[str], Kind]:
         return [str(path)], kind
 
     return _distributed.on_rank_zero(f"looking at {str(path)!r}", look)
+
+
+def usable(root: PathLike, found: Sequence[Found]) -> list[Found]:
+    """Those of ``found`` that are complete, newest first; warns of those whose manifest is damaged.
+
+    Raises:
+        CheckpointCorruptError: All of them are damaged: to start afresh silently would be worse.
+        CheckpointVersionError: One is of a newer format.
+    """
+    complete = newest_first(found)
+    damaged = [one for one in found if one.error is not None]
+    for one in damaged:
+        warnings.warn(f"{one.path} is passed over: {one.error}", FallBackWarning, stacklevel=2)
+    if damaged and not complete:
+        raise CheckpointCorruptError(
+            f"No checkpoint in {root} can be used: {len(damaged)} of them have a damaged manifest. Copy them again from"
+            " their source, or delete them to start a fresh run."
+        )
+    return complete
 
 
 def load_first(candidates: Sequence[S], load: Callable[[S], T], name: Callable[[S], str] = str) -> T:
@@ -235,13 +254,14 @@ def load_raw(
 ) -> None:
     """Loads one module or optimizer: from a file that holds just its state dict, or out of a checkpoint."""
     if kind is Kind.SINGLE_FILE:
-        content = read_file(path, trust=trust)
+        content = _distributed.agree(f"reading {str(path)!r}", lambda: read_file(path, trust=trust))
         if FILE_KEY not in content:
             _load_state_dict(obj, content, Objects.of({"": obj}, more_modules=more_modules).owners, strict=strict)
             return
         entries = {key: set(value) for key, value in content.items() if isinstance(value, Mapping) and key != FILE_KEY}
     else:
-        keypaths = CheckpointReader(path, trust=trust).mappings.values()
+        reader = _distributed.agree(f"opening {str(path)!r}", lambda: CheckpointReader(path, trust=trust))
+        keypaths = reader.mappings.values()
         entries = {str(top): {p[1] for p in keypaths if p[0] == top and len(p) > 1} for top in {p[0] for p in keypaths}}
     state: dict[str, Any] = {_only_one_like(obj, entries): obj}
     load = load_single_file if kind is Kind.SINGLE_FILE else load_folder

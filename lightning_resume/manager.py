@@ -17,7 +17,7 @@ from lightning_resume.checkpoint.layout import Found, leftovers, look_at, newest
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.names import is_step_name
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.retention import AnyOf, KeepBest, Policy, as_policy, superseded
+from lightning_resume.checkpoint.retention import KeepBest, Policy, as_policy, best_policy, superseded
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.errors import CheckpointNotFoundError
@@ -209,6 +209,7 @@ class CheckpointManager:
         about = About(step=step, epoch=epoch, metrics=_numbers(metrics), metadata=dict(metadata or {}))
         whole = dict(state) if user_content is None else {**state, _USER_CONTENT: user_content}
         saved: CheckpointInfo | None = None
+        self._folder.make_way(path)
         with self._on_save_error.applied():
             manifest = self._save(path, whole, dataclasses.replace(self._options, about=about), filter)
             saved = _info(Found(path=path, manifest=manifest))
@@ -272,17 +273,12 @@ class CheckpointManager:
         Raises:
             ValueError: ``monitor`` is not given and ``keep`` holds no ``KeepBest``.
         """
-        policy = KeepBest(1, monitor, mode) if monitor is not None else _best_policy(self._folder.keep)
+        policy = KeepBest(1, monitor, mode) if monitor is not None else best_policy(self._folder.keep)
         if policy is None:
             raise ValueError("Pass best(monitor=...), or a KeepBest in keep: nothing says what is best.")
-        root = self._folder.root
-
-        def look() -> CheckpointInfo | None:
-            complete = {found.path.name: found for found in _complete(root)}
-            ranked = policy.ranked([as_saved(found) for found in complete.values()])
-            return _info(complete[ranked[0].name]) if ranked else None
-
-        return _distributed.on_rank_zero(f"looking for the best in {root}", look)
+        look = lambda: self._folder.best(policy, tagged=True)  # noqa: E731
+        best = _distributed.on_rank_zero(f"looking for the best in {self.root}", look)
+        return None if best is None else _info(best)
 
     def prune(self) -> Sequence[str]:
         """Deletes now what unfinished saves left and what is not to be kept; returns what was deleted."""
@@ -391,8 +387,3 @@ def _checked_tag(tag: str) -> str:
     if not plain or is_step_name(tag) or "\\" in tag or ":" in tag:
         raise ValueError(f"tag is {tag!r}; pass a plain folder name that does not begin with a dot and is no step-*.")
     return tag
-
-
-def _best_policy(keep: Policy) -> KeepBest | None:
-    policies = keep.policies if isinstance(keep, AnyOf) else (keep,)
-    return next((policy for policy in policies if isinstance(policy, KeepBest)), None)

@@ -13,16 +13,15 @@ from lightning_resume.checkpoint import attempts
 from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
 from lightning_resume.checkpoint.layout import Found, newest_first, survey
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.retention import Policy, Saved, as_policy, superseded
+from lightning_resume.checkpoint.retention import KeepBest, Policy, Saved, as_policy, best_of, superseded
 from lightning_resume.errors import (
-    CheckpointCorruptError,
     CheckpointSaveError,
     FallBackWarning,
     ResumeError,
     ResumeWarning,
     StorageError,
 )
-from lightning_resume.loading import load_first
+from lightning_resume.loading import load_first, usable
 
 T = TypeVar("T")
 
@@ -58,6 +57,7 @@ class RunFolder:
         self._begun: Found | None = None
         self._steps = 0
         self._remover: threading.Thread | None = None
+        self._doomed: list[AnyPath] = []
 
     def candidates(self, *, tagged: bool = False) -> list[Found]:
         """The complete checkpoints in the order in which to try them: newest first, those set aside last.
@@ -94,6 +94,12 @@ class RunFolder:
 
         return load_first(candidates, attempt, lambda found: str(found.path))
 
+    def best(self, policy: KeepBest | None, *, tagged: bool = False) -> Found | None:
+        """The best complete checkpoint by ``policy``, else the newest with finite weights. Not a collective."""
+        complete = newest_first(survey(self.root, tagged=tagged))
+        best = best_of([as_saved(found) for found in complete], policy)
+        return None if best is None else next(found for found in complete if found.path.name == best.name)
+
     def stepped(self) -> None:
         """Counts an optimizer step of a run that was resumed. Not a collective."""
         if self._begun is not None:
@@ -105,7 +111,12 @@ class RunFolder:
         """Takes the last attempt back: it went well, or what ended it was not the checkpoint. Not a collective."""
         found, self._begun = self._begun, None
         if found is not None and _distributed.rank() == 0:
-            attempts.write_attempts(self.root, attempts.without(attempts.read_attempts(self.root), found))
+            attempts.change_attempts(self.root, lambda counted: attempts.without(counted, found))
+
+    def make_way(self, path: AnyPath) -> None:
+        """Waits for the deletion of ``path``, to which something is about to be saved. Not a collective."""
+        if path in self._doomed:
+            self.close()
 
     def tidy(self) -> None:
         """Deletes, in the background, what is no longer wanted. Call it once a newer checkpoint is durable.
@@ -118,20 +129,10 @@ class RunFolder:
         """Waits for what is being deleted. Not a collective."""
         if self._remover is not None:
             self._remover.join()
-            self._remover = None
+            self._remover, self._doomed = None, []
 
     def _candidates(self, tagged: bool) -> list[Found]:
-        found = survey(self.root, tagged=tagged)
-        complete = newest_first(found)
-        damaged = [one for one in found if one.error is not None]
-        for one in damaged:
-            _warn(FallBackWarning, f"{one.path} is passed over: {one.error}")
-        if damaged and not complete:
-            raise CheckpointCorruptError(
-                f"No checkpoint in {self.root} can be used: {len(damaged)} of them have a damaged manifest. Copy them"
-                " again from their source, or delete them to start a fresh run."
-            )
-        return self._without_crashing(complete)
+        return self._without_crashing(usable(self.root, survey(self.root, tagged=tagged)))
 
     def _without_crashing(self, complete: list[Found]) -> list[Found]:
         if self._max_attempts is None or not complete:
@@ -159,10 +160,8 @@ class RunFolder:
             return
         self._begun, self._steps = found, 0
 
-        def write() -> None:
-            attempts.write_attempts(self.root, attempts.begun(attempts.read_attempts(self.root), found))
-
-        _distributed.on_rank_zero(f"counting the attempt to load {found.path}", write)
+        count = lambda: attempts.change_attempts(self.root, lambda counted: attempts.begun(counted, found))  # noqa: E731
+        _distributed.on_rank_zero(f"counting the attempt to load {found.path}", count)
 
     def _tidy(self) -> None:
         self.close()
@@ -175,9 +174,10 @@ class RunFolder:
         clean_leftovers(self.root)
         complete = newest_first(survey(self.root))
         named = {found.path.name: found.path for found in complete}
-        doomed = [named[saved.name] for saved in superseded([as_saved(found) for found in complete], self.keep)]
-        if doomed:
-            self._remover = threading.Thread(target=_delete, args=(doomed,), name="lightning-resume-delete")
+        wanted_no_more = superseded([as_saved(found) for found in complete], self.keep)
+        self._doomed = [named[saved.name] for saved in wanted_no_more]
+        if self._doomed:
+            self._remover = threading.Thread(target=_delete, args=(self._doomed,), name="lightning-resume-delete")
             self._remover.start()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_resume.checkpoint.commit import put_file
@@ -39,10 +39,10 @@ def read_attempts(root: AnyPath) -> dict[str, Attempt]:
         return {}
 
 
-def write_attempts(root: AnyPath, attempts: Mapping[str, Attempt]) -> None:
-    """Stores the counts; a warning where that fails, since the run itself can go on."""
-    content = {name: vars(attempt) for name, attempt in attempts.items()}
+def change_attempts(root: AnyPath, change: Callable[[dict[str, Attempt]], Mapping[str, Attempt]]) -> None:
+    """Stores ``change`` of the counts; a warning where that fails, since the run itself can go on."""
     try:
+        content = {name: vars(attempt) for name, attempt in change(read_attempts(root)).items()}
         put_file(root / ATTEMPTS_NAME, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         warnings.warn(f"{root / ATTEMPTS_NAME} could not be written: {error}", ResumeWarning, stacklevel=2)

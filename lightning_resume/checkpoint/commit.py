@@ -9,7 +9,7 @@ import abc
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
@@ -24,7 +24,7 @@ from lightning_resume.checkpoint.filesystem import (
     remove,
     sync_folder,
 )
-from lightning_resume.checkpoint.layout import leftovers
+from lightning_resume.checkpoint.layout import holds_checkpoint, leftovers
 from lightning_resume.checkpoint.manifest import FileEntry, Manifest, read_manifest, to_json
 from lightning_resume.checkpoint.names import (
     MANIFEST_NAME,
@@ -35,7 +35,7 @@ from lightning_resume.checkpoint.names import (
     retired_path,
     staged_path,
 )
-from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, list_names
 from lightning_resume.checkpoint.remote import RemotePath
 from lightning_resume.errors import ResumeError, StorageError
 
@@ -79,6 +79,7 @@ class LocalCommit(Commit):
 
     @classmethod
     def begin(cls, target: Path) -> LocalCommit:
+        _refuse_other_content(target)
         make_folder(target.parent)
         staged = staged_path(target)
         staged.mkdir()
@@ -114,6 +115,7 @@ class RemoteCommit(Commit):
         names = target.names()
         if not names and target.is_file():
             raise FileExistsError(f"{target} is a file, and stores cannot replace it by a folder at once. Delete it.")
+        _refuse_other_content(target, names)
         # asked for by its content: listings and sizes may be stale
         is_new = not names and not _has_content(target / MANIFEST_NAME)
         if is_new:
@@ -210,6 +212,7 @@ def commit_file(path: PathLike, write: Callable[[Any], None]) -> None:
     if isinstance(target, RemotePath):
         _commit_remote_file(target, write)
         return
+    _refuse_other_content(target)
     make_folder(target.parent)
     staged = staged_path(target)
     try:
@@ -264,6 +267,20 @@ def put_file(path: AnyPath, data: bytes) -> None:
         _put_surely(path, data)
     else:
         commit_file(path, lambda file: file.write(data))
+
+
+def _refuse_other_content(target: AnyPath, names: Sequence[str] | None = None) -> None:
+    """Refuses a folder that is no checkpoint: a save takes the place of all that is there.
+
+    Raises:
+        FileExistsError: It holds something else, for example the checkpoints of a run.
+    """
+    names = list_names(target) if names is None else names
+    if names and not holds_checkpoint(names):
+        raise FileExistsError(
+            f"{target} is a folder that holds other things ({', '.join(names[:3])}, ...), all of which this save would"
+            f" replace. Save to a name within it, such as {target / 'step-00000001'}, or delete it first."
+        )
 
 
 def _is_folder(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import io
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
@@ -138,7 +139,8 @@ def to_leaves(components: Iterable[Component]) -> dict[str, bytes]:
 def to_file(components: Iterable[Component]) -> dict[str, list[Any]]:
     """All ranks' components, for a single file; complete on every rank. A collective."""
     mine = {component.name: (component.sharing, component.value) for component in components}
-    everyone = _distributed.all_gather_object(mine)
+    packed = _distributed.agree("packing what is no tensor", lambda: pickle.dumps(mine))
+    everyone = [pickle.loads(of_rank) for of_rank in _distributed.all_gather_object(packed)]
     return {
         name: [of_rank[name][1] for of_rank in everyone] if sharing is Sharing.PER_RANK else [everyone[0][name][1]]
         for name, (sharing, _) in mine.items()

@@ -162,7 +162,7 @@ def beside(target: AnyPath) -> list[Found]:
 
     On a remote store, where the folder above may hold anything, only ``step-*`` and ``target`` itself.
     """
-    names = _names_in(target.parent)
+    names = {target.name} if _is_root(target.parent) else _names_in(target.parent)
     if isinstance(target, RemotePath):
         names = {name for name in names if is_step_name(name)} | {target.name}
     found = look_at([target.with_name(name) for name in sorted(names)])
@@ -170,7 +170,8 @@ def beside(target: AnyPath) -> list[Found]:
 
 
 def _remote_leftovers(folder: RemotePath, name: str | None) -> list[AnyPath]:
-    paths = [folder / child for child in folder.names() if is_step_name(child) or child == name]
+    names = [name or ""] if folder.is_root else folder.names()
+    paths = [folder / child for child in names if child and (is_step_name(child) or child == name)]
     return list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
 
 
@@ -200,6 +201,16 @@ def _look(path: AnyPath) -> Found | None:
         raise  # a store that does not answer says nothing about the checkpoint
     except ResumeError as error:
         return Found(path=path, manifest=None, error=error)
+
+
+def _is_root(folder: AnyPath) -> bool:
+    return isinstance(folder, RemotePath) and folder.is_root
+
+
+def holds_checkpoint(names: Iterable[str]) -> bool:
+    """Whether a folder with these ``names`` in it is, or was to be, a checkpoint."""
+    ours = {MANIFEST_NAME, METADATA_NAME, META_NAME, UNFINISHED_NAME}
+    return any(name in ours or is_data_name(name) or is_replacing_name(name) for name in names)
 
 
 def _holds_shards(folder: AnyPath) -> bool:

@@ -34,7 +34,7 @@ def as_path(path: PathLike, storage_options: Mapping[str, Any] | None = None) ->
     protocol = get_protocol(text)
     if protocol in _LOCAL_PROTOCOLS:
         return Path(os.path.abspath(LocalFileSystem._strip_protocol(text)))
-    remote = RemotePath(text.rstrip("/"), dict(storage_options or {}))
+    remote = RemotePath(text if text.endswith("://") else text.rstrip("/"), dict(storage_options or {}))
     _ = remote.fs  # what is wrong with it is best said now
     return remote
 

@@ -81,13 +81,19 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        return RemotePath(self.url.rpartition("/")[0], self.storage_options)
+        above = self.url.rpartition("/")[0]
+        return RemotePath(f"{above}/" if above.endswith(":/") else above, self.storage_options)
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is above all buckets, hosts and folders: nothing of ours lies there."""
+        return self.url.endswith("://")
 
     def with_name(self, name: str) -> RemotePath:
         return self.parent / name
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(f"{self.url}/{name}", self.storage_options)
+        return RemotePath(f"{self.url}{name}" if self.is_root else f"{self.url}/{name}", self.storage_options)
 
     def __str__(self) -> str:
         return self.url

@@ -198,6 +198,17 @@ def superseded(newest_first: Sequence[Saved], keep: Policy) -> list[Saved]:
     return [saved for saved in reversed(newest_first[1:]) if saved.name not in wanted]
 
 
+def best_policy(keep: Policy) -> KeepBest | None:
+    """The first ``KeepBest`` in ``keep``, which says what is best."""
+    return next((policy for policy in _parts(keep) if isinstance(policy, KeepBest)), None)
+
+
+def best_of(newest_first: Sequence[Saved], policy: KeepBest | None) -> Saved | None:
+    """The best by ``policy``; without one, the newest whose weights are finite."""
+    ranked = [saved for saved in newest_first if saved.finite] if policy is None else policy.ranked(newest_first)
+    return ranked[0] if ranked else None
+
+
 def _parts(policy: Policy) -> tuple[Policy, ...]:
     return policy.policies if isinstance(policy, AnyOf) else (policy,)
 
