@@ -19,6 +19,7 @@ from lightning_resume import _distributed, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Found, Kind
+from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
@@ -144,7 +145,12 @@ class TrainerBinding:
     # -- saving
 
     def _dump(self, stock: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Collects the state on all ranks; the user's hooks in there may fail on one."""
+        """Collects the state on all ranks; the user's hooks in there may fail on one.
+
+        Where collecting is itself a collective there can be no other around it.
+        """
+        if is_sharded(self.trainer.strategy):
+            return stock(*args, **kwargs)
         return _distributed.agree("collecting the state", lambda: stock(*args, **kwargs))
 
     def _save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -235,12 +241,12 @@ class TrainerBinding:
         weights_only = fit_argument(self.trainer, "weights_only", weights_only)
         trust = self._trust or weights_only is False
         if self._found:
-            load = lambda path: self._load_from(str(path), Kind.RESUMABLE, trust)  # noqa: E731
+            load = lambda path: self._load_from(path, Kind.RESUMABLE, trust)  # noqa: E731
             return self._folder.load_newest(load, self._found)
-        candidates, kind = loading.locate(checkpoint_path)
+        candidates, kind = loading.locate(self._folder.path_of(checkpoint_path))
         return loading.load_first(candidates, lambda path: self._load_from(path, kind, trust))
 
-    def _load_from(self, path: str, kind: Kind, trust: bool) -> dict[str, Any]:
+    def _load_from(self, path: AnyPath, kind: Kind, trust: bool) -> dict[str, Any]:
         loaded = self.checkpoints.load(path, kind, trust=trust, check=self._check_components)
         if is_fitting(self.trainer):
             self._take(path, loaded)
@@ -255,7 +261,7 @@ class TrainerBinding:
             if saved is not None:
                 loader.check(saved)
 
-    def _take(self, path: str, loaded: loading.Loaded) -> None:
+    def _take(self, path: AnyPath, loaded: loading.Loaded) -> None:
         """Remembers where to go on; acted on when the loops are about to start."""
         if loaded.components is None or _CURSOR not in loaded.components:
             loading.warn_foreign(path)

@@ -107,6 +107,10 @@ class ResumeCallback(Checkpoint):
         best = self._folder.best(best_policy(self._folder.keep))
         return "" if best is None else str(best.path)
 
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Lightning's launchers of processes tell the path that they had; the folder knows better."""
+
     @property
     def last_model_path(self) -> str:
         """The newest complete checkpoint of the run folder."""

@@ -56,6 +56,8 @@ def _run_list(options: argparse.Namespace) -> int:
     found = list_checkpoints(options.root)
     if options.json:
         print(json.dumps([dataclasses.asdict(info) for info in found]))
+    if not found:
+        print(f"No complete checkpoint in {options.root}.", file=sys.stderr)
     for info in () if options.json else found:
         metrics = " ".join(f"{name}={value:.6g}" for name, value in info.metrics.items())
         print(f"{info.path}  {info.created}  {_size(info.bytes)}  {metrics}{'' if info.finite else '  NOT FINITE'}")

@@ -16,7 +16,7 @@ from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
 from lightning_resume.checkpoint.layout import Found, Kind, classify, newest_first, resolve, survey
-from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
+from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, read_bytes
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
 from lightning_resume.errors import (
@@ -62,7 +62,7 @@ UNUSABLE = (CheckpointCorruptError, CheckpointIncompleteError, CheckpointNotFoun
 """The errors of a checkpoint that is damaged or gone, instead of which an older one may be loaded."""
 
 
-def locate(path: PathLike) -> tuple[list[str], Kind]:
+def locate(path: PathLike) -> tuple[list[AnyPath], Kind]:
     """Rank 0's paths that ``path`` stands for, and what lies there. A collective.
 
     A run folder stands for its complete checkpoints, newest first.
@@ -71,17 +71,17 @@ def locate(path: PathLike) -> tuple[list[str], Kind]:
         CheckpointNotFoundError: There is nothing that could be loaded.
     """
 
-    def look() -> tuple[list[str], Kind]:
+    def look() -> tuple[list[AnyPath], Kind]:
         kind = classify(path)
         if kind is Kind.RUN_FOLDER:
             found = usable(path, survey(path))
             if found:
-                return [str(one.path) for one in found], Kind.RESUMABLE
+                return [one.path for one in found], Kind.RESUMABLE
         if kind in (Kind.MISSING, Kind.NOT_A_CHECKPOINT):
             raise CheckpointNotFoundError(
                 f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
             )
-        return [str(path)], kind
+        return [as_path(path)], kind
 
     return _distributed.on_rank_zero(f"looking at {str(path)!r}", look)
 

@@ -17,13 +17,13 @@ from lightning_resume.checkpoint.layout import Found, leftovers, look_at, newest
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.names import is_step_name
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.retention import KeepBest, Policy, as_policy, best_policy, superseded
+from lightning_resume.checkpoint.retention import KeepBest, Policy, as_policy, best_policy
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.errors import CheckpointNotFoundError
 from lightning_resume.loading import Verify
 from lightning_resume.run import describe, restore_rng, rng_component
-from lightning_resume.run_folder import MAX_ATTEMPTS, RunFolder, as_saved, is_no_crash
+from lightning_resume.run_folder import MAX_ATTEMPTS, RunFolder, is_no_crash, unwanted
 from lightning_resume.saving import About, CheckpointOptions, OnSaveError
 from lightning_resume.state import rng
 from lightning_resume.state.objects import Objects
@@ -93,12 +93,10 @@ def prune(
         What was deleted, leftovers first.
     """
     folder = as_path(root, storage_options)
-    complete = newest_first(survey(folder))
-    named = {found.path.name: found.path for found in complete}
-    doomed = [named[saved.name] for saved in superseded([as_saved(found) for found in complete], as_policy(keep))]
+    doomed = unwanted(folder, as_policy(keep))
     if dry_run:
-        return list(map(str, [*leftovers(folder, name=None), *doomed]))
-    cleaned = clean_leftovers(folder)
+        return list(map(str, [*leftovers(folder, tagged=True), *doomed]))
+    cleaned = clean_leftovers(folder, tagged=True)
     for path in doomed:
         delete_checkpoint(path)
     return list(map(str, [*cleaned, *doomed]))
@@ -165,6 +163,7 @@ class CheckpointManager:
             verify=Verify(verify), validate=None if validate is None else Validate(validate), as_folder=True
         )
         self._on_save_error = OnSaveError(on_save_error)
+        self._forget_hook: Callable[[], None] = lambda: None
         self.loaded: CheckpointInfo | None = None
         """What the last :meth:`load` loaded; None where there was nothing."""
 
@@ -251,7 +250,7 @@ class CheckpointManager:
         named = path if tag is None else self._folder.root / _checked_tag(tag)
         self.loaded = None
         if named is not None:
-            return self._load(as_path(named), state, strict=strict, trust=trust)
+            return self._load(self._folder.path_of(named), state, strict=strict, trust=trust)
         candidates = self._folder.candidates(tagged=True)
         if not candidates:
             return None
@@ -344,7 +343,8 @@ class CheckpointManager:
         optimizers = [value for value in state.values() if isinstance(getattr(value, "optimizer", value), Optimizer)]
         if optimizers:
             optimizer = getattr(optimizers[0], "optimizer", optimizers[0])
-            optimizer.register_step_post_hook(lambda *_: self._folder.stepped())
+            self._forget_hook()
+            self._forget_hook = optimizer.register_step_post_hook(lambda *_: self._folder.stepped()).remove
         return bool(optimizers)
 
 

@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 
 from lightning_resume import _distributed
 from lightning_resume.checkpoint import attempts
-from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
+from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.layout import Found, newest_first, survey
+from lightning_resume.checkpoint.names import ATTEMPTS_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.retention import KeepBest, Policy, Saved, as_policy, best_of, superseded
+from lightning_resume.checkpoint.remote import RemotePath
+from lightning_resume.checkpoint.retention import KeepAll, KeepBest, Policy, Saved, as_policy, best_of, superseded
 from lightning_resume.errors import (
-    CheckpointSaveError,
     FallBackWarning,
+    RankLostError,
     ResumeError,
     ResumeWarning,
-    StorageError,
 )
 from lightning_resume.loading import load_first, usable
 
@@ -50,6 +51,7 @@ class RunFolder:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.root: AnyPath = as_path(root, storage_options)
+        self._storage_options = storage_options
         self.keep = as_policy(keep)
         if max_attempts is not None and max_attempts < 1:
             raise ValueError(f"max_attempts is {max_attempts}; pass at least 1, or None to set no checkpoint aside.")
@@ -58,6 +60,11 @@ class RunFolder:
         self._steps = 0
         self._remover: threading.Thread | None = None
         self._doomed: list[AnyPath] = []
+
+    def path_of(self, path: PathLike) -> AnyPath:
+        """``path``, reached with the run folder's ``storage_options`` where it lies on the same kind of store."""
+        alike = isinstance(self.root, RemotePath) and str(path).startswith(f"{self.root.protocol}:/")
+        return as_path(path, self._storage_options if alike else None)
 
     def candidates(self, *, tagged: bool = False) -> list[Found]:
         """The complete checkpoints in the order in which to try them: newest first, those set aside last.
@@ -69,6 +76,7 @@ class RunFolder:
             CheckpointCorruptError: There are checkpoints, but no manifest of theirs is readable.
             CheckpointVersionError: One is of a newer format.
         """
+        self.withdraw()  # this process has come so far
         return _distributed.on_rank_zero(f"looking for checkpoints in {self.root}", lambda: self._candidates(tagged))
 
     def load_newest(self, load: Callable[[AnyPath], T], candidates: Sequence[Found], *, counts: bool = True) -> T:
@@ -144,7 +152,7 @@ class RunFolder:
                 FallBackWarning,
                 f"{found.path} is set aside: the run was begun from it {attempts.count(counted, found)} times and ended"
                 f" each time within {self._good_steps} steps. An older checkpoint is used. To try this one again,"
-                f" name it explicitly or delete {self.root / attempts.ATTEMPTS_NAME}.",
+                f" name it explicitly or delete {self.root / ATTEMPTS_NAME}.",
             )
         if not aside and attempts.count(counted, complete[0]) >= self._max_attempts:
             _warn(
@@ -171,11 +179,7 @@ class RunFolder:
             _warn(ResumeWarning, f"Older checkpoints in {self.root} could not be looked through yet: {error}")
 
     def _start_deleting(self) -> None:
-        clean_leftovers(self.root)
-        complete = newest_first(survey(self.root))
-        named = {found.path.name: found.path for found in complete}
-        wanted_no_more = superseded([as_saved(found) for found in complete], self.keep)
-        self._doomed = [named[saved.name] for saved in wanted_no_more]
+        self._doomed = [] if isinstance(self.keep, KeepAll) else unwanted(self.root, self.keep)
         if self._doomed:
             self._remover = threading.Thread(target=_delete, args=(self._doomed,), name="lightning-resume-delete")
             self._remover.start()
@@ -184,12 +188,19 @@ class RunFolder:
 def is_no_crash(error: BaseException) -> bool:
     """Whether ``error`` says nothing against the checkpoint that the run was begun from.
 
-    So it is when somebody ended the run, and when a checkpoint could not be saved or a store not be reached.
+    So it is when somebody ended the run, and when a checkpoint was refused or could not be saved or loaded.
     """
     ended = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
     # of Lightning, under either of its package names
     by_signal = type(error).__name__ == "SIGTERMException"
-    return ended or by_signal or isinstance(error, CheckpointSaveError | StorageError)
+    return ended or by_signal or (isinstance(error, ResumeError) and not isinstance(error, RankLostError))
+
+
+def unwanted(root: AnyPath, keep: Policy) -> list[AnyPath]:
+    """The ``step-*`` checkpoints in ``root`` that ``keep`` does not want, oldest first."""
+    complete = newest_first(survey(root))
+    paths = {found.path.name: found.path for found in complete}
+    return [paths[saved.name] for saved in superseded([as_saved(found) for found in complete], keep)]
 
 
 def as_saved(found: Found) -> Saved:

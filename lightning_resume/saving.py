@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from torch.nn import Module
 
 from lightning_resume import _distributed
 from lightning_resume.checkpoint.commit import commit_file
@@ -17,12 +20,15 @@ from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.paths import PathLike
 from lightning_resume.checkpoint.validation import Validate, validate_replicas
 from lightning_resume.checkpoint.writer import write_checkpoint
-from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeWarning
+from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeError, ResumeWarning
 from lightning_resume.loading import Verify
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, USER, Component, Sharing
 from lightning_resume.state.objects import Objects, to_saved
 from lightning_resume.state.topology import Topology
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -69,6 +75,24 @@ class OnSaveError(str, enum.Enum):
                 warnings.warn(f"{error} Training goes on without it.", ResumeWarning, stacklevel=2)
 
 
+def _explained(save: Callable[Concatenate[PathLike, P], T]) -> Callable[Concatenate[PathLike, P], T]:
+    """Makes a failed save of what the user's objects raise, which every rank raises by then."""
+
+    def explained(path: PathLike, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return save(path, *args, **kwargs)
+        except ResumeError:
+            raise
+        except Exception as error:
+            raise CheckpointSaveError(
+                f"Saving the checkpoint {path} failed ({type(error).__name__}: {error}). A checkpoint that was there"
+                " before is untouched."
+            ) from error
+
+    return functools.update_wrapper(explained, save)
+
+
+@_explained
 @collect.quiet()
 def save_folder(
     path: PathLike,
@@ -81,23 +105,36 @@ def save_folder(
     earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
     """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
-    tensors: dict[str, Any] = {}
-    buffers: dict[str, Any] = {}
-    weights: dict[str, set[str]] = {}
+    run = _together(objects, collective=collect.is_fsdp1)
+    models = run("collecting models", lambda: _models(objects, earlier_buffers))
+    states = run("collecting optimizers", lambda: _optimizers(objects))
 
-    def collect_all() -> dict[str, Any]:
-        for key, module in objects.modules.items():
-            tensors[key] = _filtered(key, _with(collect.model_state(module), key, earlier_buffers), filter)
-            buffers[key] = collect.buffers_of(module, tensors[key])
-            weights[key] = collect.weights_of(module, tensors[key])
-        for key, optimizer in objects.optimizers.items():
-            tensors[key] = _filtered(key, collect.optimizer_state(optimizer, objects.owners), filter)
-        return {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+    def choose() -> tuple[dict[str, Any], dict[str, Any]]:
+        chosen = {key: _filtered(key, state, filter) for key, state in (models | states).items()}
+        return chosen, {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
 
-    meta = _distributed.agree("collecting the state", collect_all)
+    tensors, meta = _distributed.agree("collecting the state", choose)
+    buffers = {key: collect.buffers_of(module, tensors[key]) for key, module in objects.modules.items()}
+    weights = {key: collect.weights_of(module, tensors[key]) for key, module in objects.modules.items()}
     return save_state(path, tensors, meta, components, buffers=buffers, weights=weights, about=about, validate=validate)
 
 
+def _models(objects: Objects, earlier: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    return {key: _with(collect.model_state(module), key, earlier) for key, module in objects.modules.items()}
+
+
+def _optimizers(objects: Objects) -> dict[str, Any]:
+    return {key: collect.optimizer_state(one, objects.owners) for key, one in objects.optimizers.items()}
+
+
+def _together(objects: Objects, *, collective: Callable[[Module], bool]) -> Callable[[str, Callable[[], T]], T]:
+    """How to collect: with the ranks agreeing on errors, but where collecting is a collective already."""
+    if any(map(collective, objects.modules.values())) or any(map(collective, objects.owners.modules.values())):
+        return lambda _what, act: act()
+    return _distributed.agree
+
+
+@_explained
 @collect.quiet()
 def save_state(
     path: PathLike,
@@ -137,6 +174,7 @@ def _without(state: Any, names: Collection[str]) -> Any:
     return {name: value for name, value in state.items() if name not in names} if names else state
 
 
+@_explained
 def save_file(
     path: PathLike,
     objects: Objects,
@@ -155,18 +193,22 @@ def save_file(
         filter: As in ``fabric.save``.
         write: Writes the content on rank 0, instead of us: a ``CheckpointIO`` of the user's.
     """
-    content: dict[str, Any] = {}
-    buffers: dict[str, Any] = {}
+    run = _together(objects, collective=lambda module: collect.is_fsdp1(module) or collect.has_dtensors(module))
+    whole = lambda: {  # noqa: E731
+        key: _with(collect.full_model_state(module), key, earlier_buffers) for key, module in objects.modules.items()
+    }
+    states = lambda: {  # noqa: E731
+        key: collect.full_optimizer_state(one, objects.owners) for key, one in objects.optimizers.items()
+    }
+    content = run("collecting models", whole) | run("collecting optimizers", states)
+    parts = run("collecting buffers", lambda: _models(objects, earlier_buffers))
+    buffers = {key: collect.buffers_of(module, parts[key]) for key, module in objects.modules.items()}
 
-    def collect_all() -> dict[str, Any]:
-        for key, module in objects.modules.items():
-            content[key] = _filtered(key, _with(collect.full_model_state(module), key, earlier_buffers), filter)
-            buffers[key] = collect.buffers_of(module, _with(collect.model_state(module), key, earlier_buffers))
-        for key, optimizer in objects.optimizers.items():
-            content[key] = _filtered(key, collect.full_optimizer_state(optimizer, objects.owners), filter)
-        return {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
+    def choose() -> tuple[dict[str, Any], dict[str, Any]]:
+        chosen = {key: _filtered(key, state, filter) for key, state in content.items()}
+        return chosen, {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
 
-    meta = _distributed.agree("collecting the state", collect_all)
+    content, meta = _distributed.agree("collecting the state", choose)
     content |= meta
     content[FILE_KEY] = to_file(with_own_values(meta, components, buffers))
     write_file(path, content, write=write)

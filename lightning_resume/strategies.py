@@ -26,6 +26,7 @@ from lightning_resume._lightning import (
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Kind
 from lightning_resume.checkpoint.manifest import Manifest
+from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
@@ -193,7 +194,7 @@ class ResumeMixin:
         return loading.load_first(candidates, lambda found: self._load_from(found, kind, state, strict, trust))
 
     def _load_from(
-        self, found: str, kind: Kind, state: Module | Optimizer | dict[str, Any] | None, strict: bool, trust: bool
+        self, found: AnyPath, kind: Kind, state: Module | Optimizer | dict[str, Any] | None, strict: bool, trust: bool
     ) -> dict[str, Any]:
         if isinstance(state, (Module, Optimizer)):
             loading.load_raw(found, kind, state, more_modules=self._tracker.modules, strict=strict, trust=trust)

@@ -11,6 +11,7 @@ from lightning_resume._lightning import Loops, is_fitting, is_sharded
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
 from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.state import collect
 from lightning_resume.state.component import Component
@@ -68,7 +69,7 @@ class TrainerCheckpoints:
             raise TypeError("`storage_options` has no effect on a checkpoint folder. Leave it out.")
         self._save_folder(checkpoint, path, components, loaders)
 
-    def load(self, path: str, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
+    def load(self, path: AnyPath, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
         """Returns the checkpoint dict that Lightning goes on with; sharded strategies have their state loaded here."""
         if is_sharded(self.trainer.strategy):
             return self._load_sharded(path, kind, trust=trust, check=check)
@@ -137,15 +138,19 @@ class TrainerCheckpoints:
         return collect.full_optimizer_state(optimizer, self._owners())
 
     def _remove(self, filepath: Any) -> None:
-        _distributed.on_rank_zero(f"removing {filepath}", lambda: delete_checkpoint(filepath))
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):  # as stock: somebody may have removed it
+                delete_checkpoint(filepath)
 
-    def _load_sharded(self, path: str, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
+        _distributed.on_rank_zero(f"removing {filepath}", remove)
+
+    def _load_sharded(self, path: AnyPath, kind: Kind, *, trust: bool, check: loading.Check) -> loading.Loaded:
         """Loads model and optimizers in place: with these strategies they exist when a checkpoint is loaded."""
         model = self.trainer.strategy.model
         optimizers = self._loops.optimizers if is_fitting(self.trainer) else []
         strict = self.trainer.lightning_module.strict_loading
         if kind is Kind.SINGLE_FILE:
-            content = _distributed.agree(f"reading {path!r}", lambda: dict(loading.read_file(path, trust=trust)))
+            content = _distributed.agree(f"reading {path}", lambda: dict(loading.read_file(path, trust=trust)))
             collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
             for optimizer, whole in zip(optimizers, content.pop("optimizer_states", []), strict=False):
                 collect.load_full_optimizer_state(optimizer, whole, self._owners())
@@ -157,16 +162,16 @@ class TrainerCheckpoints:
         objects = Objects.of(state)
         return loading.load_folder(path, state, objects, strict=strict, trust=trust, verify=self.verify, check=check)
 
-    def _load_plain(self, path: str, kind: Kind, *, trust: bool) -> loading.Loaded:
+    def _load_plain(self, path: AnyPath, kind: Kind, *, trust: bool) -> loading.Loaded:
         if kind is not Kind.SINGLE_FILE:
             loaded = loading.read_trainer_folder(
                 path, optimizers=is_fitting(self.trainer), trust=trust, verify=self.verify
             )
             return self._with_own_buffers(loaded, loading.model_key(path))
         if self._loops.has_own_io:
-            content = self._stock_load(path, **({"weights_only": False} if trust else {}))
+            content = self._stock_load(str(path), **({"weights_only": False} if trust else {}))
         else:
-            content = _distributed.agree(f"reading {path!r}", lambda: loading.read_file(path, trust=trust))
+            content = _distributed.agree(f"reading {path}", lambda: loading.read_file(path, trust=trust))
         return self._with_own_buffers(_of_file(dict(content)), "state_dict")
 
     def _with_own_buffers(self, loaded: loading.Loaded, key: str) -> loading.Loaded:

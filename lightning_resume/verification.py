@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -53,8 +54,14 @@ def verify(
     _check_no_foreign(reader)
     total = sum(reader.file_bytes.values())
     hidden = not sys.stderr.isatty() if progress is None else not progress
+    one_at_a_time = threading.Lock()
     with tqdm(total=total, unit="B", unit_scale=True, desc=reader.path.name, disable=hidden) as bar:
-        reader.verify(read=bar.update)
+
+        def read(count: int) -> None:
+            with one_at_a_time:
+                bar.update(count)
+
+        reader.verify(read=read)
     return Verification(files=len(reader.file_bytes) + 1, bytes=total, seconds=time.perf_counter() - started)
 
 

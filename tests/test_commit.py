@@ -253,3 +253,18 @@ def test_an_interrupt_stays_an_interrupt_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path / "c", state={"x": Interrupts()}, leaves={}, meta=None)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [lambda path: save_small(path, 2), lambda path: save_file(path, 2)])
+def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path: Path, make: Any) -> None:
+    save_small(tmp_path / "run" / "step-00000001", 1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    for name in ("run", "notes"):
+        with pytest.raises((CheckpointSaveError, FileExistsError), match="holds other things"):
+            make(tmp_path / name)
+    assert value_at(tmp_path / "run" / "step-00000001") == 1
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty")
+    assert value_at(tmp_path / "empty") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from lightning_resume import (
     CheckpointManager,
     CheckpointMismatchError,
     CheckpointNotFoundError,
+    CheckpointSaveError,
     KeepBest,
     KeepEvery,
     KeepLast,
     ResumableDataLoader,
+    ResumeCallback,
     list_checkpoints,
 )
 from lightning_resume.checkpoint.layout import step_name
@@ -276,3 +279,73 @@ def test_the_list_tells_what_the_manifests_say(tmp_path: Path) -> None:
 def test_the_reserved_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="user_content="):
         CheckpointManager(tmp_path).save({"user_content": 1}, step=1)
+
+
+@pytest.mark.parametrize("what", [{"step": True}, {"epoch": -1}, {"epoch": 1.5}, {"metrics": {"x": 10**400}}])
+def test_what_no_load_would_accept_is_refused_before_anything_is_replaced(tmp_path: Path, what: dict[str, Any]) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(small(1), step=1, tag="c")
+    with pytest.raises((CheckpointSaveError, OverflowError)):
+        manager.save(small(2), **{"step": 2, "tag": "c"} | what)
+    state = small()
+    manager.load(state)
+    assert state["model"].weight[0, 0] == 1
+
+
+def test_metadata_comes_back_whatever_its_keys(tmp_path: Path) -> None:
+    metadata: Any = {9: 1, 10: 2, "nested": {2: [1], 11: None}}
+    CheckpointManager(tmp_path).save(small(1), step=1, metadata=metadata)
+    assert read_manifest(tmp_path / step_name(1)).metadata == {"9": 1, "10": 2, "nested": {"2": [1], "11": None}}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantized_tensor_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    tensor = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    model = nn.Linear(1, 1)
+    model.register_buffer("q", tensor)
+    with pytest.raises(CheckpointSaveError, match="quantized"):
+        CheckpointManager(tmp_path).save({"model": model}, step=1)
+
+
+def test_a_save_to_a_step_that_is_being_deleted_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_resume import run_folder
+
+    go, delete = threading.Event(), run_folder.delete_checkpoint
+
+    def slowly(path: Any) -> None:
+        assert go.wait(30)
+        delete(path)
+
+    monkeypatch.setattr(run_folder, "delete_checkpoint", slowly)
+    manager = CheckpointManager(tmp_path, keep=1)
+    for step in (1, 2):
+        manager.save(small(step), step=step)
+    timer = threading.Timer(0.2, go.set)
+    timer.start()
+    manager.save(small(7), step=1)
+    timer.join()
+    manager.close()
+    state = small()
+    manager.load(state)
+    assert state["model"].weight[0, 0] == 7
+
+
+def test_best_of_the_callback_is_by_its_policy_and_never_not_finite(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=None)
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        manager.save(small(step), step=step, metrics={"loss": loss})
+    with pytest.warns(UserWarning, match="not finite"):
+        manager.save(small(float("inf")), step=3, metrics={"loss": 0.0})
+    assert Path(ResumeCallback(tmp_path, keep=KeepBest(1, "loss")).best_model_path).name == step_name(1)
+    assert Path(ResumeCallback(tmp_path).best_model_path).name == step_name(2)
+    assert Path(ResumeCallback(tmp_path).last_model_path).name == step_name(3)
+
+
+def test_weights_of_eight_bits_are_looked_at(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=True)
+    CheckpointManager(tmp_path).save({"model": model}, step=1)
+    with torch.no_grad():
+        model.weight = nn.Parameter(torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn))
+    with pytest.warns(UserWarning, match="not finite"):
+        CheckpointManager(tmp_path).save({"model": model}, step=2)

@@ -285,3 +285,55 @@ def test_a_protocol_whose_package_is_missing_names_the_extra(monkeypatch: pytest
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         verify("nonsense://bucket/run")
+
+
+def test_a_run_folder_at_the_root_of_a_store(memory: str) -> None:
+    for url in ("memory://top", "memory:///slash", memory + "/"):
+        save(url, 1)
+        assert value_at(url) == 1
+        save(url, 2)
+        assert value_at(url) == 2
+        commit.delete_checkpoint(url)
+
+
+def test_a_name_that_looks_like_a_pattern_is_only_a_name(memory: str) -> None:
+    for name in ("run1", "runx"):
+        save(f"{memory}/{name}/{step_name(1)}", 1, step=1)
+    for value in (1, 2):
+        save(f"{memory}/run[1x]/{step_name(1)}", value, step=1)
+    save(f"{memory}/run*/{step_name(1)}", 3, step=1)
+    for path in (f"{memory}/run[1x]/{step_name(1)}", f"{memory}/run*/{step_name(1)}"):
+        commit.delete_checkpoint(path)
+    assert [value_at(f"{memory}/{name}/{step_name(1)}") for name in ("run1", "runx")] == [1, 1]
+
+
+@pytest.mark.parametrize("server", ["s3-moto"], indirect=True)
+def test_storage_options_alone_reach_the_store(store: Store, tmp_path: Path) -> None:
+    options = dict(store.storage_options)
+
+    def callback() -> ResumeCallback:
+        return ResumeCallback(f"{store.url}/run", every_n_train_steps=2, keep=1, storage_options=options)
+
+    whole = fit(tmp_path / "whole", module=lambda: Quiet("none"))
+    fit(tmp_path, module=lambda: Quiet("none"), resume=callback(), callbacks=[KillAt(5)])
+    assert_same(fit(tmp_path, module=lambda: Quiet("none"), seed=2, resume=callback()), whole)
+    again = callback()
+    named = list_checkpoints(f"{store.url}/run", storage_options=options)[0].path
+    assert fit(tmp_path, module=lambda: Quiet("none"), resume=again, ckpt_path=named).trainer.global_step == 8
+    for made in (None, fabric()):
+        manager = CheckpointManager(f"{store.url}/manager", fabric=made, storage_options=options)
+        state = {"model": torch.nn.Linear(2, 1) if made is None else made.setup_module(torch.nn.Linear(2, 1))}
+        saved = manager.save(state, step=1, user_content=5)
+        assert saved is not None
+        assert (manager.load(state), manager.load(state, path=saved.path)) == (5, 5)
+    assert verify(saved.path, storage_options=options, progress=False).files == 4
+    assert prune(f"{store.url}/manager", storage_options=options) == []
+
+
+def test_a_tag_that_was_saved_again_is_no_newer_than_a_later_step(memory: str) -> None:
+    manager = CheckpointManager(f"{memory}/run", keep=None)
+    model = torch.nn.Linear(2, 1)
+    for step, tag in ((10, None), (11, "best"), (12, "best"), (20, None)):
+        torch.nn.init.constant_(model.bias, step)
+        manager.save({"model": model}, step=step, tag=tag, user_content=step)
+    assert manager.load({"model": model}) == 20

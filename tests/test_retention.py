@@ -46,6 +46,11 @@ def test_what_is_not_finite_or_not_measured_is_never_best() -> None:
     assert kept(KeepBest(3, "loss"), *run) == [4, 5]
 
 
+def test_while_nothing_was_measured_the_newest_are_kept() -> None:
+    assert kept(KeepBest(2, "loss"), saved(1), saved(2), saved(3)) == [2, 3]
+    assert kept(KeepBest(2, "loss"), saved(1), saved(2), saved(3, loss=1.0), saved(4)) == [3, 4]
+
+
 def test_keep_every_keeps_the_first_at_or_after_each_multiple() -> None:
     run = [saved(step) for step in (40, 80, 120, 160, 200, 240, 280, 290)]
     assert kept(KeepEvery(steps=100), *run) == [120, 200, 290]

@@ -350,3 +350,17 @@ def check_replicas_are_compared(folder: Path) -> None:
 
 def test_replicas_that_differ_are_named_before_anything_is_saved(ranks: Zygote, tmp_path: Path) -> None:
     launch(ranks, check_replicas_are_compared, tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_no_crash_of_the_trainer(tmp_path: Path) -> None:
+    fit(tmp_path, module=module, resume=callback(tmp_path), callbacks=[KillAt(2)])
+
+    class Wider(Quiet):
+        def __init__(self) -> None:
+            super().__init__("none")
+            self.more = torch.nn.Linear(2, 2)
+
+    for _ in range(3):
+        with pytest.raises(CheckpointMismatchError):
+            fit(tmp_path, module=Wider, resume=callback(tmp_path))
+    assert attempts(tmp_path / "run") == {}

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from lightning_resume.checkpoint.commit import put_file
 from lightning_resume.checkpoint.layout import Found
+from lightning_resume.checkpoint.names import ATTEMPTS_NAME
 from lightning_resume.checkpoint.paths import AnyPath, read_bytes
 from lightning_resume.errors import ResumeWarning
-
-ATTEMPTS_NAME = "attempts.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,8 @@ from lightning_resume.checkpoint.names import (
     staged_path,
 )
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, list_names
-from lightning_resume.checkpoint.remote import RemotePath
+from lightning_resume.checkpoint.remote import REQUESTS, RemotePath
 from lightning_resume.errors import ResumeError, StorageError
-
-_REQUESTS = 16  # at once, of small ones
 
 
 def begin(target: AnyPath) -> Commit:
@@ -121,7 +119,9 @@ class RemoteCommit(Commit):
         if is_new:
             (target / UNFINISHED_NAME).make_parent()
             (target / UNFINISHED_NAME).put(b"")
-        return cls(target=target, prefix=None if is_new else replacing_name())
+        commit = cls(target=target, prefix=None if is_new else replacing_name())
+        (commit.folder / MANIFEST_NAME).make_parent()
+        return commit
 
     @property
     def folder(self) -> RemotePath:
@@ -155,7 +155,7 @@ class RemoteCommit(Commit):
 
     def _check_stored(self, manifest: Manifest) -> None:
         """Asks for every file by name: what a store has accepted it may still not have."""
-        with ThreadPoolExecutor(_REQUESTS) as requests:
+        with ThreadPoolExecutor(REQUESTS) as requests:
             sizes = requests.map(lambda name: (self.folder / name).size(), manifest.files)
             for (name, entry), found in zip(manifest.files.items(), sizes, strict=True):
                 if found != entry.bytes:
@@ -246,12 +246,12 @@ def delete_checkpoint(path: PathLike) -> None:
         remove(path)
 
 
-def clean_leftovers(root: PathLike, *, name: str | None = None) -> list[AnyPath]:
-    """Removes what unfinished saves left in ``root``, of ``step-*`` checkpoints and of ``name``; returns the paths.
+def clean_leftovers(root: PathLike, *, name: str | None = None, tagged: bool = False) -> list[AnyPath]:
+    """Removes what unfinished saves left in ``root``, as :func:`leftovers` finds it; returns the paths.
 
     Call it only while no save into ``root`` is under way.
     """
-    found = leftovers(root, name=name)
+    found = leftovers(root, name=name, tagged=tagged)
     for path in found:
         if isinstance(path, Path):
             discard(path)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
 from lightning_resume.checkpoint.names import (
+    ATTEMPTS_NAME,
     MANIFEST_NAME,
     META_NAME,
     METADATA_NAME,
@@ -25,7 +26,7 @@ from lightning_resume.checkpoint.names import (
     step_name,
 )
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, list_names
-from lightning_resume.checkpoint.remote import RemotePath
+from lightning_resume.checkpoint.remote import REQUESTS, RemotePath
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -51,8 +52,6 @@ __all__ = [
 
 P = TypeVar("P")
 T = TypeVar("T")
-
-_REQUESTS = 16  # at once, of small ones
 
 
 class Kind(enum.Enum):
@@ -102,11 +101,15 @@ def classify(path: PathLike) -> Kind:
 def survey(root: PathLike, *, tagged: bool = False) -> list[Found]:
     """Reads the manifest of every ``step-*`` folder in ``root``, in no order; ``tagged``: of every folder that has one.
 
-    Where there is no manifest at all, nothing is found: such a folder is not ours, or was never finished.
+    Where there is no manifest at all, nothing is found: such a folder is not ours, or was never finished. A ``step-*``
+    that has shards, and no mark of a save that did not finish, has lost its manifest.
     """
     folder = as_path(root)
-    found = look_at([folder / name for name in _names_in(folder) if tagged or is_step_name(name)])
-    return [one for one in found if one.error is None or is_step_name(one.path.name) or _holds_shards(one.path)]
+    names = {name for name in _names_in(folder) if tagged or is_step_name(name)}
+    found = look_at([folder / name for name in names])
+    found = [one for one in found if one.error is None or is_step_name(one.path.name) or _holds_shards(one.path)]
+    rest = filter(is_step_name, names - {one.path.name for one in found})
+    return found + [_lost(folder / name) for name in rest if _has_lost_manifest(folder / name)]
 
 
 def look_at(paths: Sequence[AnyPath]) -> list[Found]:
@@ -145,33 +148,29 @@ def newest(root: PathLike) -> AnyPath | None:
     return next(iter(list_checkpoints(root)), None)
 
 
-def leftovers(root: PathLike, *, name: str | None = None) -> list[AnyPath]:
-    """Returns what unfinished saves and deletes left in ``root``: of ``step-*`` checkpoints, and of ``name``.
+def leftovers(root: PathLike, *, name: str | None = None, tagged: bool = False) -> list[AnyPath]:
+    """Returns what unfinished saves and deletes left in ``root``: of ``step-*`` checkpoints and of ``name``, or of all.
 
     An older checkpoint that waits under its retired name for lack of a newer one is not a leftover.
     """
     folder = as_path(root)
     if isinstance(folder, RemotePath):
-        return _remote_leftovers(folder, name)
-    found = [left for left in find_leftovers(folder) if left.of.name == name or is_step_name(left.of.name)]
+        return _remote_leftovers(folder, name, tagged=tagged)
+    ours = {name, ATTEMPTS_NAME}
+    found = [left for left in find_leftovers(folder) if tagged or left.of.name in ours or is_step_name(left.of.name)]
     return [left.path for left in found if resolve(left.of) != left.path]
 
 
 def beside(target: AnyPath) -> list[Found]:
-    """The complete checkpoints among which a save to ``target`` finds its place: all siblings, and what it replaces.
-
-    On a remote store, where the folder above may hold anything, only ``step-*`` and ``target`` itself.
-    """
-    names = {target.name} if _is_root(target.parent) else _names_in(target.parent)
-    if isinstance(target, RemotePath):
-        names = {name for name in names if is_step_name(name)} | {target.name}
+    """The complete checkpoints among which a save to ``target`` finds its place: all siblings, and what it replaces."""
+    names = {target.name} if _is_root(target.parent) else _names_in(target.parent) | {target.name}
     found = look_at([target.with_name(name) for name in sorted(names)])
     return [one for one in found if one.manifest is not None]
 
 
-def _remote_leftovers(folder: RemotePath, name: str | None) -> list[AnyPath]:
-    names = [name or ""] if folder.is_root else folder.names()
-    paths = [folder / child for child in names if child and (is_step_name(child) or child == name)]
+def _remote_leftovers(folder: RemotePath, name: str | None, *, tagged: bool) -> list[AnyPath]:
+    names = ({name} if name else set()) if folder.is_root else _names_in(folder)
+    paths = [folder / child for child in sorted(names) if tagged or is_step_name(child) or child == name]
     return list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
 
 
@@ -213,6 +212,16 @@ def holds_checkpoint(names: Iterable[str]) -> bool:
     return any(name in ours or is_data_name(name) or is_replacing_name(name) for name in names)
 
 
+def _has_lost_manifest(folder: AnyPath) -> bool:
+    names = list_names(folder)
+    return METADATA_NAME in names and not {UNFINISHED_NAME, MANIFEST_NAME} & set(names)
+
+
+def _lost(folder: AnyPath) -> Found:
+    error = CheckpointIncompleteError(f"{folder} has lost its {MANIFEST_NAME}: it was copied or deleted in part.")
+    return Found(path=folder, manifest=None, error=error)
+
+
 def _holds_shards(folder: AnyPath) -> bool:
     """Whether an unreadable ``manifest.json`` there is ours: other tools have files of that name, too."""
     return any(name == METADATA_NAME or is_replacing_name(name) for name in list_names(folder))
@@ -221,7 +230,7 @@ def _holds_shards(folder: AnyPath) -> bool:
 def _each(look: Callable[[P], T], paths: Sequence[P], *, at_once: bool) -> list[T]:
     if not at_once or len(paths) < 2:
         return [look(path) for path in paths]
-    with ThreadPoolExecutor(_REQUESTS) as requests:
+    with ThreadPoolExecutor(REQUESTS) as requests:
         return list(requests.map(look, paths))
 
 
@@ -241,6 +250,8 @@ def _classify_folder(folder: AnyPath, names: set[str]) -> Kind:
 
 def _names_in(root: AnyPath) -> set[str]:
     """The names that checkpoints in ``root`` may have, and those of which only the retired one is there."""
+    if isinstance(root, RemotePath):
+        return {name for name, is_folder in root.entries().items() if is_folder and not name.startswith(".")}
     names = {name for name in list_names(root) if not name.startswith(".")}
     if isinstance(root, Path):
         # a checkpoint may for a moment have its retired name only

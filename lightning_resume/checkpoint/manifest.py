@@ -19,6 +19,7 @@ from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
     CheckpointNotFoundError,
+    CheckpointSaveError,
     CheckpointVersionError,
 )
 
@@ -115,7 +116,23 @@ def to_json(manifest: Manifest) -> str:
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     body["components"] = {name: vars(entry) for name, entry in manifest.components.items()}
     body["files"] = {name: vars(entry) for name, entry in manifest.files.items()}
+    body = json.loads(json.dumps(body))  # keys as they will be read: 9 and 10 sort otherwise than "9" and "10"
     return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
+
+
+def checked_json(manifest: Manifest) -> str:
+    """Returns :func:`to_json` of ``manifest`` once it is found to be what a load accepts.
+
+    Raises:
+        CheckpointSaveError: A field is out of its bounds; names it.
+        TypeError: The topology or the user's metadata holds something that JSON cannot.
+    """
+    text = to_json(manifest)
+    try:
+        from_json(text)
+    except CheckpointCorruptError as error:
+        raise CheckpointSaveError(f"What save was given is no valid manifest: {error}") from error
+    return text
 
 
 def from_json(text: str | bytes, *, source: str = MANIFEST_NAME) -> Manifest:

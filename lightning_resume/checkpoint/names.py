@@ -16,6 +16,8 @@ METADATA_NAME = ".metadata"
 META_NAME = "meta.pt"
 UNFINISHED_NAME = ".unfinished"
 """Lies in a remote folder while it is filled or emptied: without a manifest beside it, nothing in there counts."""
+ATTEMPTS_NAME = "attempts.json"
+"""Lies in a run folder."""
 LEAF_PREFIX = "resume."
 
 _STEP = re.compile(r"step-(\d{8,})")

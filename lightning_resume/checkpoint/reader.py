@@ -184,17 +184,20 @@ class CheckpointReader:
         """
         with ThreadPoolExecutor(_READERS) as readers:
             wanted = self.file_bytes if files is None else files
-            checks = [readers.submit(self._source.verify_file, name, self._items_in(name), read) for name in wanted]
+            items = self._items_by_file()
+            checks = [readers.submit(self._source.verify_file, name, items.get(name, {}), read) for name in wanted]
             try:
                 for check in checks:
                     check.result()
             finally:
                 readers.shutdown(cancel_futures=True)
 
-    def _items_in(self, name: str) -> dict[int, str]:
-        """The key of each item in the file ``name``, by the byte at which it begins."""
-        places = self._catalog.metadata.storage_data.items()
-        return {info.offset: index.fqn for index, info in places if info.relative_path == name}
+    def _items_by_file(self) -> dict[str, dict[int, str]]:
+        """The key of each item, by the name of its file and the byte at which it begins."""
+        found: dict[str, dict[int, str]] = {}
+        for index, info in self._catalog.metadata.storage_data.items():
+            found.setdefault(info.relative_path, {})[info.offset] = index.fqn
+        return found
 
     def _check_fits(self, flat: Mapping[str, Any]) -> None:
         for key, value in flat.items():

@@ -26,6 +26,9 @@ from lightning_resume.errors import MissingPackageError, StorageError
 PART_BYTES = 2**25
 """What is sent or asked for at once; S3 takes at most 10,000 parts, so files of up to 312 GiB."""
 
+REQUESTS = 16
+"""At once, of small ones."""
+
 # an object appears whole when it is put; on all else (sftp, ftp, smb, ...) it must be written beside and renamed
 _ATOMIC_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"} | {
@@ -98,6 +101,10 @@ class RemotePath:
     def __str__(self) -> str:
         return self.url
 
+    def __reduce__(self) -> Any:
+        # without the filesystem, whose connections are this process's own
+        return RemotePath, (self.url, dict(self.storage_options))
+
     def is_file(self) -> bool:
         return (self._info() or {}).get("type") == "file"
 
@@ -169,9 +176,19 @@ class RemotePath:
 
     def remove_folder(self) -> None:
         """Removes all that lies in the folder; no error where there is nothing."""
-        with self._doing("removing"), contextlib.suppress(FileNotFoundError):
+        with self._doing("removing"):
             self.fs.invalidate_cache()
-            self.fs.rm(self.path, recursive=True)
+            # `fs.rm` would take a "[" or "*" in the path for a pattern
+            found = self.fs.find(self.path, withdirs=True, detail=True)
+            for path, entry in found.items():
+                if entry["type"] == "file":
+                    with contextlib.suppress(FileNotFoundError):
+                        self.fs.rm_file(path)
+            if not self.appears_at_close:  # elsewhere there are no folders, only names with a slash
+                folders = {path for path, entry in found.items() if entry["type"] == "directory"} | {self.path}
+                for path in sorted(folders, key=len, reverse=True):
+                    with contextlib.suppress(FileNotFoundError):
+                        self.fs.rmdir(path)
 
     @property
     def puts_at_once(self) -> bool:
@@ -192,8 +209,14 @@ class RemotePath:
             yield
 
     def make_parent(self) -> None:
-        if not self.puts_at_once:
+        if self.puts_at_once:
+            return
+        try:
             self.fs.makedirs(self.parent.path, exist_ok=True)
+        except OSError:
+            self.fs.invalidate_cache()
+            if not self.fs.isdir(self.parent.path):  # another rank may have made it at the same time
+                raise
 
     def _info(self) -> dict[str, Any] | None:
         with self._doing("looking at"):

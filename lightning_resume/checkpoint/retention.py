@@ -89,7 +89,7 @@ class KeepBest(Policy):
     """Keeps the ``k`` best by the metric ``monitor``.
 
     A checkpoint without that metric, with one that is not a number, or with weights that are not finite is never best.
-    Of equals the older one is better, so that a plateau deletes nothing.
+    Of equals the older one is better, so that a plateau deletes nothing. While none has it, the newest are kept.
 
     Args:
         k: How many.
@@ -110,7 +110,8 @@ class KeepBest(Policy):
             raise ValueError(f"mode is {self.mode!r}; pass 'min' where less of {self.monitor!r} is better, or 'max'.")
 
     def wanted(self, newest_first: Sequence[Saved]) -> set[str]:
-        return {saved.name for saved in self.ranked(newest_first)[: self.k]}
+        ranked = self.ranked(newest_first) or [saved for saved in newest_first if saved.finite]
+        return {saved.name for saved in ranked[: self.k]}
 
     def ranked(self, newest_first: Sequence[Saved]) -> list[Saved]:
         """Those that can be best, best first."""

@@ -178,6 +178,8 @@ def _write_item(
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
         return item.index, file.end_item(), True
+    if data.is_quantized:
+        raise CheckpointSaveError(f"{item.index.fqn!r} is a quantized tensor, which no load accepts. Save its parts.")
     tensor = _compact(data.detach().cpu())
     torch_save(tensor, file)
     return item.index, file.end_item(), item.index.fqn not in weights or _is_finite(tensor)
@@ -187,6 +189,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() and not tensor.is_complex():
         return True
     # one value that is not finite makes the sum so; the sum is one pass without a copy, but may overflow by itself
+    if tensor.itemsize == 1:  # float8, for which torch has neither
+        tensor = tensor.float()
     wide = torch.complex128 if tensor.is_complex() else torch.float32
     return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 

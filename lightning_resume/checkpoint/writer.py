@@ -22,7 +22,7 @@ from lightning_resume._distributed import RemoteError, agree, all_gather_object,
 from lightning_resume.checkpoint.commit import Commit, begin, clean_leftovers
 from lightning_resume.checkpoint.filesystem import HashedFile, or_warn, torch_save
 from lightning_resume.checkpoint.layout import beside
-from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, to_json
+from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, checked_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
 from lightning_resume.checkpoint.shards import CheckpointException, Shards, write_shards
@@ -116,7 +116,7 @@ def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest,
 
 def _begin(target: AnyPath, draft: Manifest) -> Commit:
     # what JSON cannot hold is found before the long writing
-    to_json(draft)
+    checked_json(draft)
     return begin(target)
 
 
@@ -135,6 +135,7 @@ def _finish(target: AnyPath, commit: Commit, shards: Shards, meta: object, draft
         weights_hash=shards.weights_hash,
         nonfinite=shards.nonfinite,
     )
+    checked_json(manifest)
     commit.publish(manifest)
     with or_warn(target):
         clean_leftovers(target.parent, name=target.name)

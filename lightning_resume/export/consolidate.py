@@ -18,7 +18,13 @@ _OPTIMIZER = "optimizer_"
 _OURS = "lightning_resume"
 
 
-def consolidate(checkpoint: PathLike, output: PathLike | None = None, *, trust: bool = False) -> Path | str:
+def consolidate(
+    checkpoint: PathLike,
+    output: PathLike | None = None,
+    *,
+    trust: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Path | str:
     """Writes a checkpoint folder, ours or a stock sharded one, into one file; returns its path or URL.
 
     Needs no GPU and no process group, but memory for the whole checkpoint. A Fabric checkpoint keeps the user's own
@@ -29,13 +35,14 @@ def consolidate(checkpoint: PathLike, output: PathLike | None = None, *, trust: 
         checkpoint: The checkpoint folder, a path or any fsspec URL.
         output: The file to write, a path or any fsspec URL; by default ``<checkpoint>.consolidated``.
         trust: Let stored objects be of any class, which can run code that the checkpoint's writer chose.
+        storage_options: Arguments of the fsspec filesystems of both, beyond fsspec's own configuration.
 
     Raises:
         FileExistsError: There is something at ``output``.
         ResumeError: ``checkpoint`` is not a checkpoint folder, or it is incomplete, damaged or unsafe.
     """
-    source = as_path(checkpoint)
-    target = source.with_name(f"{source.name}.consolidated") if output is None else as_path(output)
+    source = as_path(checkpoint, storage_options)
+    target = source.with_name(f"{source.name}.consolidated") if output is None else as_path(output, storage_options)
     if exists(target):
         raise FileExistsError(f"{target} exists. Move or delete it, or choose another file with output (--output).")
     reader = CheckpointReader(source, trust=trust)
