@@ -15,7 +15,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lightning_resume import _distributed, loading
+from lightning_resume import _distributed, candidates, loading
 from lightning_resume._lightning import Loops, fit_argument, is_fitting, is_sharded
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Found, Kind
@@ -243,8 +243,8 @@ class TrainerBinding:
         if self._found:
             load = lambda path: self._load_from(path, Kind.RESUMABLE, trust)  # noqa: E731
             return self._folder.load_newest(load, self._found)
-        candidates, kind = loading.locate(self._folder.path_of(checkpoint_path))
-        return loading.load_first(candidates, lambda path: self._load_from(path, kind, trust))
+        found, kind = candidates.locate(self._folder.path_of(checkpoint_path))
+        return candidates.load_first(found, lambda path: self._load_from(path, kind, trust))
 
     def _load_from(self, path: AnyPath, kind: Kind, trust: bool) -> dict[str, Any]:
         loaded = self.checkpoints.load(path, kind, trust=trust, check=self._check_components)

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from lightning_resume import _distributed
+from lightning_resume.candidates import load_first, usable
 from lightning_resume.checkpoint import attempts
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.layout import Found, newest_first, survey
@@ -22,7 +23,6 @@ from lightning_resume.errors import (
     ResumeError,
     ResumeWarning,
 )
-from lightning_resume.loading import load_first, usable
 
 T = TypeVar("T")
 

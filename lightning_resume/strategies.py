@@ -14,7 +14,7 @@ from torch.distributed.fsdp.wrap import enable_wrap
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_resume import loading, saving
+from lightning_resume import candidates, loading, saving
 from lightning_resume._distributed import agree
 from lightning_resume._lightning import (
     DDPStrategy,
@@ -189,9 +189,9 @@ class ResumeMixin:
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        candidates, kind = loading.locate(path)
+        found, kind = candidates.locate(path)
         trust = weights_only is False
-        return loading.load_first(candidates, lambda found: self._load_from(found, kind, state, strict, trust))
+        return candidates.load_first(found, lambda one: self._load_from(one, kind, state, strict, trust))
 
     def _load_from(
         self, found: AnyPath, kind: Kind, state: Module | Optimizer | dict[str, Any] | None, strict: bool, trust: bool

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "_distributed", "data.order"},
     {"state"},
     {"data", "checkpoint"},
-    {"saving", "loading", "run", "run_folder", "manager", "verification", "export", "proof"},
+    {"saving", "loading", "candidates", "run", "run_folder", "manager", "verification", "export", "proof"},
     {"strategies", "trainer_checkpoints", "binding", "callback", "cli"},
     {"__init__", "__main__"},
 ]
