@@ -128,3 +128,10 @@ def test_arguments_out_of_bounds_are_named(argument: str, value: Any, tmp_path: 
 def test_it_saves_nothing_in_a_fast_dev_run(tmp_path: Path) -> None:
     fit(tmp_path, module=Net, resume=ResumeCallback(tmp_path / "r", every_n_train_steps=1), fast_dev_run=True)
     assert not (tmp_path / "r").exists()
+
+
+def test_launchers_of_processes_may_tell_the_path_that_they_had(tmp_path: Path) -> None:
+    callback = ResumeCallback(tmp_path / "r", every_n_train_steps=4)
+    fit(tmp_path, resume=callback)
+    callback.best_model_path = "of another process"
+    assert callback.best_model_path == str(tmp_path / "r" / steps(8)[0])
