@@ -178,7 +178,6 @@ def test_the_next_save_cleans_what_a_killed_one_left(url: str) -> None:
     run = as_path(f"{url}/run")
     assert isinstance(run, RemotePath)
     for name in (step_name(1), step_name(2)):
-        (run / name / UNFINISHED_NAME).make_parent()
         (run / name / UNFINISHED_NAME).put(b"")
         (run / name / "__0_0.distcp").put(b"half")
     save(run / step_name(2), 2, step=2)

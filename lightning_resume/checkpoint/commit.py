@@ -117,8 +117,7 @@ class RemoteCommit(Commit):
         # asked for by its content: listings and sizes may be stale
         is_new = not names and not _has_content(target / MANIFEST_NAME)
         if is_new:
-            (target / UNFINISHED_NAME).make_parent()
-            (target / UNFINISHED_NAME).put(b"")
+            (target / UNFINISHED_NAME).touch()
         commit = cls(target=target, prefix=None if is_new else replacing_name())
         (commit.folder / MANIFEST_NAME).make_parent()
         return commit
@@ -399,7 +398,7 @@ def _remove_remote(folder: RemotePath) -> None:
     if not folder.names():
         folder.remove_file()
         return
-    (folder / UNFINISHED_NAME).put(b"")
+    (folder / UNFINISHED_NAME).touch()
     (folder / MANIFEST_NAME).remove_file()
     _empty(folder, but={UNFINISHED_NAME})
     folder.remove_folder()

@@ -17,8 +17,10 @@ from lightning_resume.checkpoint.names import (
     META_NAME,
     METADATA_NAME,
     UNFINISHED_NAME,
+    as_leftover,
     find_leftovers,
     is_data_name,
+    is_leftover_name,
     is_replacing_name,
     is_staged,
     is_step_name,
@@ -171,7 +173,10 @@ def beside(target: AnyPath) -> list[Found]:
 def _remote_leftovers(folder: RemotePath, name: str | None, *, tagged: bool) -> list[AnyPath]:
     names = ({name} if name else set()) if folder.is_root else _names_in(folder)
     paths = [folder / child for child in sorted(names) if tagged or is_step_name(child) or child == name]
-    return list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
+    staged = filter(None, map(as_leftover, map(Path, [] if folder.is_root else folder.names())))
+    ours = {name, ATTEMPTS_NAME}
+    files = [folder / left.path.name for left in staged if tagged or left.of.name in ours or is_step_name(left.of.name)]
+    return files + list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
 
 
 def _left_in(folder: RemotePath) -> list[AnyPath]:
@@ -183,11 +188,13 @@ def _left_in(folder: RemotePath) -> list[AnyPath]:
     except (CheckpointCorruptError, CheckpointVersionError, CheckpointIncompleteError):
         return []
     if manifest is None:
+        ours |= {name for name in names if is_leftover_name(name)}
         return [folder] if UNFINISHED_NAME in names else [folder / name for name in sorted(ours)]
     if manifest.folder is None:
         surplus = ours
     else:
         surplus = {n for n in names if is_data_name(n) or n in (METADATA_NAME, META_NAME)} | ours - {manifest.folder}
+    surplus |= {name for name in names if is_leftover_name(name)}
     return [folder / name for name in sorted(surplus | names & {UNFINISHED_NAME})]
 
 

@@ -281,10 +281,10 @@ class _Fields:
         return self.whole(name, self.take(name))
 
     def number(self, name: str) -> float:
-        value = self.take(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        value = self.real(name)
+        if not 0 <= value < math.inf:
             raise self.wrong(name, "a finite number from 0", value)
-        return float(value)
+        return value
 
     def real(self, name: str) -> float:
         value = self.take(name)

@@ -80,6 +80,10 @@ def as_leftover(path: Path) -> Leftover | None:
     return Leftover(path=path, of=path.with_name(match["name"]), retired=match["stage"] == "old")
 
 
+def is_leftover_name(name: str) -> bool:
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def is_staged(path: AnyPath) -> bool:
     """Says whether ``path`` is a folder that a save was still filling, or a delete was emptying."""
     leftover = as_leftover(path) if isinstance(path, Path) else None

@@ -164,6 +164,12 @@ class RemotePath:
                     self.fs.rm_file(beside.path)
                 raise
 
+    def touch(self) -> None:
+        """Makes the file, empty: in a step of its own, for nothing can be half of it."""
+        with self._doing("writing"):
+            self.make_parent()
+            self.fs.pipe_file(self.path, b"")
+
     def rename(self, target: RemotePath) -> None:
         """Gives the file the name ``target``, in place of a file there."""
         with self._doing("renaming"):
