@@ -359,6 +359,7 @@ def test_a_manifest_of_garbage_is_corrupt(saved: Path, text: bytes) -> None:
         ("files", {"../a": {"bytes": 4, "hash": "0" * 32, "items": []}}),
         ("files", {"/etc/passwd": {"bytes": 4, "hash": "0" * 32, "items": []}}),
         ("save_seconds", float("inf")),
+        ("save_seconds", 10**400),
     ],
 )
 def test_a_wrong_field_of_the_manifest_is_named(saved: Path, field: str, value: object) -> None:

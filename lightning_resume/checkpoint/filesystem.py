@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -68,12 +69,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     (path / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(path, onerror=_unless_missing)
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(path, onexc=_unless_missing)
+    else:
+        shutil.rmtree(path, onerror=lambda function, at, caught: _unless_missing(function, at, caught[1]))
 
 
-def _unless_missing(_function: object, _path: object, caught: tuple[Any, BaseException, Any]) -> None:
-    if not isinstance(caught[1], FileNotFoundError):
-        raise caught[1]
+def _unless_missing(_function: object, _path: object, error: BaseException) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 @contextlib.contextmanager
