@@ -96,8 +96,9 @@ class RunFolder:
                 self._begin(found)
             try:
                 return load(found.path)
-            except (ResumeError, OSError):
-                self.withdraw()  # refused, not crashed
+            except (ResumeError, OSError) as error:
+                if not isinstance(error, RankLostError):  # refused, not crashed
+                    self.withdraw()
                 raise
 
         return load_first(candidates, attempt, lambda found: str(found.path))
