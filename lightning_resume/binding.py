@@ -329,6 +329,9 @@ class TrainerBinding:
             self._loops.restart_iteration()  # `stock` would begin an epoch that has begun already
 
     def _place_loaders(self, resume: Resume, *, between_epochs: bool) -> None:
+        begun = resume.loops["epoch_loop.batch_progress"]["total"]["ready"]
+        if not begun and saved_loader(resume.components, 0) is None:
+            return  # taken before there were any, as Lightning's tuner does
         for index, loader in enumerate(self._train_loaders()):
             saved = saved_loader(resume.components, index)
             if saved is None:

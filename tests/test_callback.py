@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 
 from lightning_resume import KeepBest, KeepEvery, KeepLast, ResumeCallback, list_checkpoints
-from tests.toy_trainer import Net, Quiet, assert_same, fit
+from tests.toy_trainer import Net, Quiet, assert_same, fit, trainer
 
 
 def names(folder: Path) -> list[str]:
@@ -135,3 +137,32 @@ def test_launchers_of_processes_may_tell_the_path_that_they_had(tmp_path: Path) 
     fit(tmp_path, resume=callback)
     callback.best_model_path = "of another process"
     assert callback.best_model_path == str(tmp_path / "r" / steps(8)[0])
+
+
+class Tunable(Quiet):
+    """Has a learning rate that the tuner may set."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.lr = 0.01
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.filterwarnings("ignore:.*(lr_find|suggestion|num_training):UserWarning")
+def test_looking_for_a_learning_rate_saves_nothing_and_the_run_goes_on_from_its_start(tmp_path: Path) -> None:
+    callback = ResumeCallback(tmp_path / "r", every_n_train_steps=2, keep=None)
+    made = trainer(tmp_path, [callback])
+    module = Tunable()
+    Tuner(made).lr_find(module, num_training=5, update_attr=False)
+    assert not (tmp_path / "r").exists()
+    made.fit(module)
+    assert names(tmp_path / "r") == steps(2, 4, 6, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*(lr_find|suggestion|num_training):UserWarning")
+def test_the_learning_rate_finder_goes_beside_it(tmp_path: Path) -> None:
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    fit(tmp_path, module=Tunable, callbacks=[finder], resume=ResumeCallback(tmp_path / "r", every_n_train_steps=4))
+    assert names(tmp_path / "r") == steps(4, 8)
