@@ -17,6 +17,7 @@ from lightning_resume.checkpoint.names import (
     META_NAME,
     METADATA_NAME,
     UNFINISHED_NAME,
+    Leftover,
     as_leftover,
     find_leftovers,
     is_data_name,
@@ -158,8 +159,7 @@ def leftovers(root: PathLike, *, name: str | None = None, tagged: bool = False) 
     folder = as_path(root)
     if isinstance(folder, RemotePath):
         return _remote_leftovers(folder, name, tagged=tagged)
-    ours = {name, ATTEMPTS_NAME}
-    found = [left for left in find_leftovers(folder) if tagged or left.of.name in ours or is_step_name(left.of.name)]
+    found = [left for left in find_leftovers(folder) if tagged or _is_ours(left, name)]
     return [left.path for left in found if resolve(left.of) != left.path]
 
 
@@ -170,12 +170,16 @@ def beside(target: AnyPath) -> list[Found]:
     return [one for one in found if one.manifest is not None]
 
 
+def _is_ours(left: Leftover, name: str | None) -> bool:
+    """Whether it is of a run's own: its steps, its attempts, and what is called ``name``."""
+    return left.of.name in (name, ATTEMPTS_NAME) or is_step_name(left.of.name)
+
+
 def _remote_leftovers(folder: RemotePath, name: str | None, *, tagged: bool) -> list[AnyPath]:
     names = ({name} if name else set()) if folder.is_root else _names_in(folder)
     paths = [folder / child for child in sorted(names) if tagged or is_step_name(child) or child == name]
     staged = filter(None, map(as_leftover, map(Path, [] if folder.is_root else folder.names())))
-    ours = {name, ATTEMPTS_NAME}
-    files = [folder / left.path.name for left in staged if tagged or left.of.name in ours or is_step_name(left.of.name)]
+    files = [folder / left.path.name for left in staged if tagged or _is_ours(left, name)]
     return files + list(itertools.chain.from_iterable(_each(_left_in, paths, at_once=True)))
 
 
@@ -250,7 +254,7 @@ def _classify_folder(folder: AnyPath, names: set[str]) -> Kind:
         return Kind.INCOMPLETE
     if METADATA_NAME in names:
         return Kind.SHARDED
-    if META_NAME in names or any(map(is_data_name, names)) or any(map(is_replacing_name, names)):
+    if holds_checkpoint(names):
         return Kind.INCOMPLETE
     return Kind.RUN_FOLDER if any(map(is_step_name, _names_in(folder))) else Kind.NOT_A_CHECKPOINT
 
