@@ -108,15 +108,18 @@ def save_folder(
     run = _together(objects, collective=collect.is_fsdp1)
     models = run("collecting models", lambda: _models(objects, earlier_buffers))
     states = run("collecting optimizers", lambda: _optimizers(objects))
-
-    def choose() -> tuple[dict[str, Any], dict[str, Any]]:
-        chosen = {key: _filtered(key, state, filter) for key, state in (models | states).items()}
-        return chosen, {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-
-    tensors, meta = _distributed.agree("collecting the state", choose)
+    tensors, meta = _distributed.agree("collecting the state", lambda: _chosen(objects, models | states, filter))
     buffers = {key: collect.buffers_of(module, tensors[key]) for key, module in objects.modules.items()}
     weights = {key: collect.weights_of(module, tensors[key]) for key, module in objects.modules.items()}
     return save_state(path, tensors, meta, components, buffers=buffers, weights=weights, about=about, validate=validate)
+
+
+def _chosen(
+    objects: Objects, collected: Mapping[str, Any], filter: Filter | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the user's filter leaves of the state of modules and optimizers, and of the other objects."""
+    chosen = {key: _filtered(key, state, filter) for key, state in collected.items()}
+    return chosen, {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
 
 
 def _models(objects: Objects, earlier: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def save_file(
     """Saves one file, in the layout of stock Lightning, with the components under one more key.
 
     Args:
-        path: Where to; a folder there is replaced.
+        path: Where to; a checkpoint there is replaced.
         objects: The user's objects; sharded ones are gathered on rank 0.
         components: What else makes the run the same.
         filter: As in ``fabric.save``.
@@ -200,15 +203,10 @@ def save_file(
     states = lambda: {  # noqa: E731
         key: collect.full_optimizer_state(one, objects.owners) for key, one in objects.optimizers.items()
     }
-    content = run("collecting models", whole) | run("collecting optimizers", states)
+    collected = run("collecting models", whole) | run("collecting optimizers", states)
     parts = run("collecting buffers", lambda: _models(objects, earlier_buffers))
     buffers = {key: collect.buffers_of(module, parts[key]) for key, module in objects.modules.items()}
-
-    def choose() -> tuple[dict[str, Any], dict[str, Any]]:
-        chosen = {key: _filtered(key, state, filter) for key, state in content.items()}
-        return chosen, {key: _filtered(key, to_saved(value), filter) for key, value in objects.others.items()}
-
-    content, meta = _distributed.agree("collecting the state", choose)
+    content, meta = _distributed.agree("collecting the state", lambda: _chosen(objects, collected, filter))
     content |= meta
     content[FILE_KEY] = to_file(with_own_values(meta, components, buffers))
     write_file(path, content, write=write)
