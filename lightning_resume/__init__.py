@@ -2,6 +2,7 @@
 
 from lightning_resume.callback import ResumeCallback
 from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, KeepLast
+from lightning_resume.data.capabilities import Capabilities
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
@@ -22,6 +23,7 @@ from lightning_resume.errors import (
     StaleCheckpointWarning,
     StorageError,
     UnsafeCheckpointError,
+    UnsafeResumeWarning,
 )
 from lightning_resume.export.consolidate import consolidate
 from lightning_resume.manager import CheckpointInfo, CheckpointManager, list_checkpoints, prune
@@ -37,6 +39,7 @@ from lightning_resume.verification import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Capabilities",
     "CheckpointCorruptError",
     "CheckpointIncompleteError",
     "CheckpointInfo",
@@ -68,6 +71,7 @@ __all__ = [
     "StorageError",
     "Tail",
     "UnsafeCheckpointError",
+    "UnsafeResumeWarning",
     "Verification",
     "consolidate",
     "list_checkpoints",

@@ -93,3 +93,7 @@ class StaleCheckpointWarning(ResumeWarning):
 
 class NonFiniteWarning(ResumeWarning):
     """A checkpoint was saved whose weights hold not-a-number or infinity."""
+
+
+class UnsafeResumeWarning(ResumeWarning):
+    """A loader goes on although samples may repeat or be lost, because the user said ``strict=False``."""

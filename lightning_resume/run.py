@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from lightning_resume import _distributed
 from lightning_resume.checkpoint.components import SavedComponents
-from lightning_resume.data.position import Resumable
+from lightning_resume.data.position import Resumable, merged
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies
@@ -35,7 +35,10 @@ def saved_loader(components: SavedComponents, index: int) -> dict[str, Any] | No
     if ranks is None:
         return None
     # a position that belongs to each rank also holds the world size, and is refused at another one by the loader
-    return components.value(f"{_LOADER}{index}", min(_distributed.rank(), ranks - 1))  # type: ignore[no-any-return]
+    state = components.value(f"{_LOADER}{index}", min(_distributed.rank(), ranks - 1))
+    if "lanes" in state:  # each rank's cursors, which other ranks may go on from
+        return dict(merged([components.value(f"{_LOADER}{index}", rank) for rank in range(ranks)]))
+    return state  # type: ignore[no-any-return]
 
 
 def restore_rng(components: SavedComponents) -> None:

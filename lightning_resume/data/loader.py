@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_resume.data import order
+from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import KeyedCollate, KeyedDataset, Request, keyed_seed, worker_init
 from lightning_resume.data.source import UNSIZED, Source
@@ -69,6 +70,23 @@ class ElasticLoader(Resumable):
     @property
     def elastic(self) -> bool:
         return self._ranks is None
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]  # read only
+        return Capabilities(
+            world_size=Change.ELASTIC if self.elastic else Change.SAME,
+            num_workers=Change.ELASTIC,
+            batch_size=Change.ELASTIC,
+            order=Order.GLOBAL,
+            randomness=Randomness.SAMPLE,
+            resume_cost=self._source.resume_cost,
+            state_size=self._source.state_size,
+        )
+
+    @property
+    def topology(self) -> Mapping[str, Any]:  # type: ignore[override]  # read only
+        world_size = self._share.world_size if self._ranks is None else self._ranks
+        return {"world_size": world_size, "num_workers": self.num_workers, "batch_size": self._share.batch_size}
 
     @property
     def epoch(self) -> int:  # type: ignore[override]  # read only
@@ -190,9 +208,6 @@ class ElasticLoader(Resumable):
     def _kind(self) -> str:
         return self._source.kind
 
-    def _fixed(self) -> dict[str, Any]:
-        return {} if self._ranks is None else {"world_size": self._ranks}
-
     @property
     def _iterator(self) -> Any:
         # what Lightning looks at to shut workers down
@@ -245,6 +260,7 @@ class BatchRequests:
     def __init__(self, source: Source) -> None:
         self._source = source
         self.length, self.kind = source.length, source.kind
+        self.resume_cost, self.state_size = source.resume_cost, source.state_size
 
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
         batches = self._source.take(state, start, stop)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lightning_resume.errors import CheckpointMismatchError
+from lightning_resume.data.capabilities import Capabilities
+from lightning_resume.errors import CheckpointMismatchError, UnsafeResumeWarning
 from lightning_resume.state.component import Sharing
 
 
@@ -20,6 +22,12 @@ class Resumable(abc.ABC):
     """
 
     sharing: Sharing
+    capabilities: Capabilities
+    """What a resume of this loader can do."""
+    topology: Mapping[str, Any]
+    """The ``world_size``, ``num_workers`` and ``batch_size`` that it runs at."""
+    strict = True
+    """False: where the capabilities say that a resume would break, it is warned about and tried."""
     epoch: int
     _taken: int
     """Batches handed out by the open iteration."""
@@ -131,16 +139,25 @@ class Resumable(abc.ABC):
                 current=self._kind(),
                 advice="Use the sampler and kind of loader that the run was started with.",
             )
-        saved_fixed, current_fixed = state_dict["fixed"], self._fixed()
-        for field in {**saved_fixed, **current_fixed}:
-            if saved_fixed.get(field) != current_fixed.get(field):
-                raise CheckpointMismatchError(
-                    "loader",
-                    field,
-                    saved=saved_fixed.get(field, "any"),
-                    current=current_fixed.get(field, "any"),
-                    advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
-                )
+        self._check_topology(state_dict["fixed"])
+
+    def _check_topology(self, saved: Mapping[str, Any]) -> None:
+        current = self._fixed()
+        for field in {**saved, **current}:
+            if saved.get(field) == current.get(field):
+                continue
+            error = CheckpointMismatchError(
+                "loader",
+                field,
+                saved=saved.get(field, "any"),
+                current=current.get(field, "any"),
+                advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
+            )
+            if self.strict or not self.capabilities.caution:
+                raise error
+            warnings.warn(
+                f"{error}\nstrict=False: it goes on. {self.capabilities.caution}", UnsafeResumeWarning, stacklevel=2
+            )
 
     def _begin_attributes(self) -> None:
         self._taken = self._stepped = 0
@@ -173,9 +190,17 @@ class Resumable(abc.ABC):
     def _load(self, state_dict: Mapping[str, Any]) -> None: ...
     @abc.abstractmethod
     def _kind(self) -> str: ...
-    @abc.abstractmethod
     def _fixed(self) -> dict[str, Any]:
         """What must be the same on load, by name."""
+        return {name: self.topology.get(name) for name in self.capabilities.fixed()}
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """One state from those of all ranks, where each rank's holds the cursors of its own lanes and the rest is equal."""
+    lanes: dict[str, Any] = {}
+    for state in states:
+        lanes.update(state["lanes"])
+    return {**states[0], "lanes": lanes}
 
 
 _ADVICE = "start with it again. (`fabric.load(..., strict=False)` leaves this loader's position out.)"

@@ -48,17 +48,23 @@ class KeyedDataset(Dataset[Any]):
         return self._sample(request)
 
     def _sample(self, request: Request) -> Any:
-        rng.seed_all(keyed_seed("sample", self.seed, request.epoch, request.key))
+        self._seed(request)
         return self.dataset[request.index]
 
-    def __getitems__(self, requests: Sequence[Request]) -> list[Any]:
-        if self._fetches_batches():
+    def _seed(self, request: Request) -> None:
+        rng.seed_all(keyed_seed("sample", self.seed, request.epoch, request.key))
+
+    def __getitems__(self, requests: Sequence[Request]) -> Any:
+        fetch_keyed = getattr(self.dataset, "fetch_keyed", None)
+        if callable(fetch_keyed):  # our own: fetches the batch at once, and asks for each sample's random numbers
+            samples = fetch_keyed([request.index for request in requests], lambda n: self._seed(requests[n]))
+        elif self._fetches_batches():
             rng.seed_all(keyed_seed("sample", self.seed, requests[0].epoch, requests[0].key))
             samples = self.dataset.__getitems__([request.index for request in requests])
         else:
             samples = [self._sample(request) for request in requests]
         self.batch_key = keyed_seed("batch", self.seed, requests[0].epoch, requests[0].key)
-        return samples  # type: ignore[no-any-return]
+        return samples
 
     def _fetches_batches(self) -> bool:
         # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
@@ -99,7 +105,7 @@ class EpochKeyedDataset(KeyedDataset):
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(Request(index, int(self.epoch), index))
 
-    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
         return super().__getitems__([Request(index, int(self.epoch), index) for index in indices])
 
     def __getattr__(self, name: str) -> Any:

@@ -55,7 +55,7 @@ def make_resumable(
     if not isinstance(loader, DataLoader):
         iterable = ResumableIterable()
         engine = iterable_engine_of(loader, _seed(None, seed)[0])
-        iterable.attach(loader, engine, seed=engine.keyed.seed, fixed={"world_size": world_size})
+        iterable.attach(loader, engine, seed=engine.keyed.seed, topology={"world_size": world_size})
         return iterable
     stateful_dataloader = _is_stateful_dataloader(loader)
     if stateful_dataloader or isinstance(loader.dataset, IterableDataset):
@@ -72,8 +72,8 @@ def _is_stateful_dataloader(loader: DataLoader[Any]) -> bool:
 def _stream(loader: DataLoader[Any], *, world_size: int, seed: int | None, stateful_dataloader: bool) -> StreamLoader:
     engine = keyed_engine_of(loader, _seed(loader, seed)[0], stateful_dataloader=stateful_dataloader)
     stream: StreamLoader = _stand_in(StreamLoader, loader)
-    fixed = {"world_size": world_size, "num_workers": loader.num_workers, "batch_size": loader.batch_size}
-    stream.attach(loader, engine, seed=engine.keyed.seed, fixed=fixed)
+    topology = {"world_size": world_size, "num_workers": loader.num_workers, "batch_size": loader.batch_size}
+    stream.attach(loader, engine, seed=engine.keyed.seed, topology=topology)
     return stream
 
 
@@ -117,6 +117,9 @@ def _elastic(
 
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     """The order that all ranks share, of which each takes its part."""
+    own_order = getattr(loader.dataset, "order_source", None)
+    if callable(own_order) and type(sampler) in (DistributedSampler, SequentialSampler, RandomSampler):
+        return own_order(shuffle=_shuffles(sampler))  # type: ignore[no-any-return]
     if type(sampler) is DistributedSampler:
         return Permuted(_length(loader), shuffle=sampler.shuffle)
     if isinstance(sampler, DistributedSampler):  # Lightning's wrapper of the user's own sampler
@@ -126,6 +129,10 @@ def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == _length(loader):
         return Permuted(_length(loader), shuffle=True)
     return _replayed(sampler, key)
+
+
+def _shuffles(sampler: object) -> bool:
+    return bool(getattr(sampler, "shuffle", type(sampler) is RandomSampler))
 
 
 def _is_shared(sampler: object) -> bool:

@@ -22,6 +22,9 @@ class Source(Protocol):
     length: int
     kind: str
     """What a checkpoint is compared by: another kind is another order."""
+    resume_cost: str
+    state_size: str
+    """Both as in :class:`~lightning_resume.data.capabilities.Capabilities`."""
 
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
         """The samples at positions ``[start, stop)`` of the epoch that ``state`` is in."""
@@ -33,6 +36,9 @@ class Source(Protocol):
 
 class Permuted:
     """All samples of a dataset once an epoch, in the elastic order or (``shuffle=False``) as they lie."""
+
+    resume_cost = "O(1)"
+    state_size = "O(1)"
 
     def __init__(self, length: int, *, shuffle: bool) -> None:
         self.length = length
@@ -59,6 +65,9 @@ class Replayed:
     (``torch.Generator``, ``numpy.random.Generator``, ``random.Random``) and its ``state_dict``, if it has one, are
     remembered as they were at the epoch's start. To continue at position ``n`` costs drawing ``n`` indices, no data.
     """
+
+    resume_cost = "draws the indices of the epoch again, no data"
+    state_size = "that of the sampler's generators"
 
     def __init__(self, sampler: Iterable[Any], seed: int, *, length: int) -> None:
         self.sampler, self.seed, self.length = sampler, seed, length

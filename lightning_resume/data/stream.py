@@ -9,12 +9,14 @@ from __future__ import annotations
 import abc
 import collections
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import (
     EpochCell,
@@ -29,11 +31,23 @@ from lightning_resume.data.randomness import (
 )
 from lightning_resume.state.component import Sharing
 
+READS_AGAIN = Capabilities(
+    world_size=Change.SAME,
+    num_workers=Change.SAME,
+    batch_size=Change.SAME,
+    order=Order.TOPOLOGY,
+    randomness=Randomness.POSITION,
+    resume_cost="reads again what was read of the epoch",
+    state_size="O(1)",
+)
+KEEPS_ITS_STATE = dataclasses.replace(READS_AGAIN, resume_cost="the dataset's own", state_size="the dataset's own")
+
 
 class Engine(abc.ABC):
     """What batches of one pass come from."""
 
     kind: str
+    capabilities: Capabilities
     goes_on_after_its_end = False
     """Whether the state captured at the end of an epoch leads into the next one by itself."""
     keyed: Any
@@ -58,6 +72,7 @@ class LiveEngine(Engine):
     def __init__(self, iterable: Iterable[Any], keyed: KeyedIterable, epoch: EpochCell) -> None:
         self.iterable, self.keyed, self.epoch = iterable, keyed, epoch
         self.kind = f"iterable {type(keyed.dataset).__qualname__}"
+        self.capabilities = KEEPS_ITS_STATE if is_stateful(keyed.dataset) else READS_AGAIN
 
     def iterate(self, epoch: int, inner: Any, skip: int) -> Iterator[Any]:
         self.epoch.set(epoch)
@@ -75,6 +90,8 @@ class LiveEngine(Engine):
 @final
 class WorkersEngine(Engine):
     """A ``DataLoader`` over an iterable dataset in worker processes: batches are read again and skipped."""
+
+    capabilities = READS_AGAIN
 
     def __init__(self, loader: DataLoader[Any], keyed: KeyedIterable, epoch: EpochCell) -> None:
         self.loader, self.keyed, self.epoch = loader, keyed, epoch
@@ -100,6 +117,7 @@ class WorkersEngine(Engine):
 class StatefulDataLoaderEngine(Engine):
     """A torchdata ``StatefulDataLoader``: its own ``state_dict``."""
 
+    capabilities = KEEPS_ITS_STATE
     goes_on_after_its_end = True
 
     def __init__(self, loader: Any, keyed: Any, epoch: EpochCell) -> None:
@@ -131,11 +149,11 @@ class StreamLoader(Resumable):
 
     sharing = Sharing.PER_RANK
 
-    def attach(self, wrapped: Any, engine: Engine, *, seed: int, fixed: Mapping[str, Any]) -> None:
-        """Takes over from ``wrapped``; ``fixed`` names what must be the same on load."""
+    def attach(self, wrapped: Any, engine: Engine, *, seed: int, topology: Mapping[str, Any]) -> None:
+        """Takes over from ``wrapped``."""
         self.__dict__.update(getattr(wrapped, "__dict__", {}))
         self._begin_attributes()
-        self._wrapped, self._stream_engine, self._seed, self._fixed_fields = wrapped, engine, seed, dict(fixed)
+        self._wrapped, self._stream_engine, self._seed, self.topology = wrapped, engine, seed, topology
         self._epoch = self._skip = 0
         self._inner: Any = None
         self._done = self._ended_when_saved = self._exhausted = False
@@ -229,8 +247,9 @@ class StreamLoader(Resumable):
     def _kind(self) -> str:
         return self._stream_engine.kind
 
-    def _fixed(self) -> dict[str, Any]:
-        return self._fixed_fields
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]  # read only
+        return self._stream_engine.capabilities
 
     @property
     def _iterator(self) -> Any:
