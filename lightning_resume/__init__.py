@@ -6,6 +6,7 @@ from lightning_resume.data.capabilities import Capabilities
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
+from lightning_resume.data.sharded.dataset import ShardedDataset
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -67,6 +68,7 @@ __all__ = [
     "ResumeError",
     "ResumeMixin",
     "ResumeWarning",
+    "ShardedDataset",
     "StaleCheckpointWarning",
     "StorageError",
     "Tail",

@@ -34,6 +34,8 @@ class Share:
     rank: int = 0
     world_size: int = 1
     batch_size: int = 1
+    default: bool = False
+    """Whether nobody has chosen rank and world size, so that a strategy may."""
 
 
 class ElasticLoader(Resumable):
@@ -63,9 +65,33 @@ class ElasticLoader(Resumable):
         self.__dict__.update(loader.__dict__)
         self._begin_attributes()
         self._user_loader, self._source, self._share = loader, source, share
-        self._start, self._explicit_seed, self._ranks = start, explicit_seed, ranks
+        self._known_start, self._explicit_seed, self._ranks = start, explicit_seed, ranks
+        self._measured = not source.lazy
         self.sharing = Sharing.REPLICATED if ranks is None else Sharing.PER_RANK
         self._engine: DataLoader[Any] | None = None
+
+    @property
+    def _start(self) -> order.OrderState:
+        """Where this iteration, or the next, begins."""
+        if not self._measured:
+            readers = self._share.world_size * max(1, self.num_workers)
+            self._source.plan(readers=readers, batch_size=self._share.batch_size)
+            self._start = dataclasses.replace(self._known_start, length=self._source.length)
+            enough_for_all(self._start.length, self._share.world_size)
+        return self._known_start
+
+    @_start.setter
+    def _start(self, start: order.OrderState) -> None:
+        self._known_start, self._measured = start, True
+
+    def leave_share_open(self) -> None:
+        """Says that rank and world size are a guess, which a strategy may correct."""
+        self._share = dataclasses.replace(self._share, default=True)
+
+    def share_by_default(self, *, rank: int, world_size: int) -> None:
+        super().share_by_default(rank=rank, world_size=world_size)
+        if self._share.default:
+            self._share = dataclasses.replace(self._share, rank=rank, world_size=world_size)
 
     @property
     def elastic(self) -> bool:
@@ -103,8 +129,12 @@ class ElasticLoader(Resumable):
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self._start.epoch:
-            self._start = dataclasses.replace(self._start, epoch=epoch, consumed=0, batches=0)
+            self._start = self._at_start_of(epoch)
             self._begin_attributes()
+
+    def _at_start_of(self, epoch: int) -> order.OrderState:
+        length = self._source.length_of(epoch)
+        return dataclasses.replace(self._start, epoch=epoch, length=length, consumed=0, batches=0)
 
     def _at_end(self) -> bool:
         return self._start.batches > 0 and order.steps_left(self._start, **self._counts) == 0
@@ -114,8 +144,10 @@ class ElasticLoader(Resumable):
 
     def _next_epoch(self) -> None:
         position = self._position(0)
+        self._source.grow(position.epoch + 1)
         if _is_sized(self._source):
-            self._start = order.next_epoch(position, **self._counts)
+            following = order.next_epoch(position, **self._counts)
+            self._start = dataclasses.replace(following, length=self._source.length_of(following.epoch))
         else:
             self._start = dataclasses.replace(position, epoch=position.epoch + 1, consumed=0, batches=0)
 
@@ -179,6 +211,10 @@ class ElasticLoader(Resumable):
             "fixed": self._fixed(),
         }
 
+    def hint(self, state_dict: Mapping[str, Any]) -> None:
+        if state_dict.get("kind") == self._kind():
+            self._source.hint(state_dict["source"])
+
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._start = order.OrderState.from_dict(state_dict["order"])
         self._source.load_state_dict(state_dict["source"], seed=self._start.seed)
@@ -187,21 +223,24 @@ class ElasticLoader(Resumable):
     def check(self, state_dict: Mapping[str, Any]) -> None:
         super().check(state_dict)
         saved = order.OrderState.from_dict(state_dict["order"])
-        for field, advice in _ORDER_FIELDS.items():
-            if getattr(saved, field) != getattr(self._start, field):
+        self._source.check(state_dict["source"], saved, self._known_start)
+        for field in ("shuffle", "tail"):
+            if getattr(saved, field) != getattr(self._known_start, field):
+                argument = "drop_last" if field == "tail" else field
                 raise CheckpointMismatchError(
                     "loader",
                     field,
                     saved=getattr(saved, field),
-                    current=getattr(self._start, field),
-                    advice=f"{advice} (`fabric.load(..., strict=False)` leaves this loader's position out.)",
+                    current=getattr(self._known_start, field),
+                    advice=f"Use the same `{argument}` as before."
+                    " (`fabric.load(..., strict=False)` leaves this loader's position out.)",
                 )
-        if self._explicit_seed and state_dict["explicit_seed"] and saved.seed != self._start.seed:
+        if self._explicit_seed and state_dict["explicit_seed"] and saved.seed != self._known_start.seed:
             raise CheckpointMismatchError(
                 "loader",
                 "seed",
                 saved=saved.seed,
-                current=self._start.seed,
+                current=self._known_start.seed,
                 advice="Another seed is another order: samples would repeat or be lost. Use the saved seed, or none.",
             )
 
@@ -223,12 +262,13 @@ class ElasticLoader(Resumable):
         self._engine = None
 
 
-_ORDER_FIELDS = {
-    "length": "The dataset has another number of samples: use the one that the run was started with.",
-    "fingerprint": "This is another dataset: use the one that the run was started with.",
-    "tail": "Use the same `drop_last` as before.",
-    "shuffle": "Use the same `shuffle` as before.",
-}
+def enough_for_all(length: int, world_size: int) -> None:
+    """Raises ValueError when some rank would get no sample."""
+    if length < world_size:
+        raise ValueError(
+            f"The dataset has {length} samples for {world_size} ranks, so some rank would get none."
+            " Use fewer ranks, or let every rank see all samples with `use_distributed_sampler=False`."
+        )
 
 
 @final
@@ -254,7 +294,7 @@ class Requests:
 
 
 @final
-class BatchRequests:
+class BatchRequests(Source):
     """Splits what a custom ``batch_sampler`` gives into one request for each sample."""
 
     def __init__(self, source: Source) -> None:
@@ -274,4 +314,4 @@ class BatchRequests:
 
 
 def _is_sized(source: Source) -> bool:
-    return source.length < UNSIZED
+    return source.lazy or source.length < UNSIZED

@@ -101,6 +101,12 @@ class Resumable(abc.ABC):
         """The position, as it was before the last ``behind`` batches were handed out."""
         return {**self._state(behind), "ended": self._ended}
 
+    def share_by_default(self, *, rank: int, world_size: int) -> None:
+        """Says which part of the data is this process's, for where the user has not: the strategy knows."""
+
+    def hint(self, state_dict: Mapping[str, Any]) -> None:
+        """Tells a state that may be loaded next, so that what it knows need not be read; changes nothing else."""
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict`` at the next ``iter``: with what was left of the iteration, or, when the iteration
         had ended, with the next epoch. An iteration saved at its last batch has nothing left.

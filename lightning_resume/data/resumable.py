@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 from lightning_resume.data import order
 from lightning_resume.data.fingerprint import fingerprint
-from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share
+from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, enough_for_all
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
 from lightning_resume.data.stream import ResumableIterable, StreamLoader, iterable_engine_of, keyed_engine_of
@@ -51,6 +51,7 @@ def make_resumable(
         ValueError: The dataset has fewer samples than there are ranks.
     """
     if isinstance(loader, Resumable):
+        loader.share_by_default(rank=rank, world_size=world_size)
         return loader
     if not isinstance(loader, DataLoader):
         iterable = ResumableIterable()
@@ -92,11 +93,8 @@ def _elastic(
     share = Share(rank=rank, world_size=world_size, batch_size=loader.batch_size or 1)
     if own:
         share = Share(batch_size=1 if custom_batches else share.batch_size)
-    if source.length < share.world_size:
-        raise ValueError(
-            f"The dataset has {source.length} samples for {share.world_size} ranks, so some rank would get none."
-            " Use fewer ranks, or let every rank see all samples with `use_distributed_sampler=False`."
-        )
+    if not source.lazy:
+        enough_for_all(source.length, share.world_size)
     elastic: ElasticLoader = _stand_in(ElasticLoader, loader)
     elastic.attach(
         loader,
@@ -106,20 +104,23 @@ def _elastic(
         explicit_seed=explicit,
         start=order.OrderState(
             seed=key,
-            length=source.length,
+            length=UNSIZED if source.lazy else source.length,
             tail=tail or (order.Tail.DROP if _drops_last(loader) and not custom_batches else order.Tail.EVEN),
-            shuffle=source.kind == "shuffled",
+            shuffle=source.shuffle,
             fingerprint=fingerprint(loader.dataset),
         ),
     )
+    bind = getattr(loader.dataset, "bind", None)
+    if callable(bind):
+        bind(elastic)
     return elastic
 
 
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     """The order that all ranks share, of which each takes its part."""
     own_order = getattr(loader.dataset, "order_source", None)
-    if callable(own_order) and type(sampler) in (DistributedSampler, SequentialSampler, RandomSampler):
-        return own_order(shuffle=_shuffles(sampler))  # type: ignore[no-any-return]
+    if callable(own_order) and (type(sampler) in _OF_TORCH or _asks_to_share(sampler)):
+        return own_order(shuffle=getattr(sampler, "shuffle", type(sampler) is RandomSampler))  # type: ignore[no-any-return]
     if type(sampler) is DistributedSampler:
         return Permuted(_length(loader), shuffle=sampler.shuffle)
     if isinstance(sampler, DistributedSampler):  # Lightning's wrapper of the user's own sampler
@@ -131,13 +132,18 @@ def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     return _replayed(sampler, key)
 
 
-def _shuffles(sampler: object) -> bool:
-    return bool(getattr(sampler, "shuffle", type(sampler) is RandomSampler))
+_OF_TORCH = (DistributedSampler, SequentialSampler, RandomSampler)
 
 
 def _is_shared(sampler: object) -> bool:
     """Whether Lightning, or the user with torch's class, asked for one order that is divided over the ranks."""
-    return type(sampler) is DistributedSampler or hasattr(getattr(sampler, "dataset", None), "_sampler")
+    if type(sampler) is DistributedSampler or _asks_to_share(sampler):
+        return True
+    return hasattr(getattr(sampler, "dataset", None), "_sampler")
+
+
+def _asks_to_share(sampler: object) -> bool:
+    return getattr(sampler, "shares_with_ranks", False) is True
 
 
 def _replayed(sampler: Iterable[Any], key: int) -> Source:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_resume.data import order
 from lightning_resume.data.randomness import RandomStream, Request
+from lightning_resume.errors import CheckpointMismatchError
 
 UNSIZED = 1 << 62
 """The length that stands for a sampler without one."""
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """Gives the samples at positions of an epoch."""
 
     length: int
@@ -25,23 +27,61 @@ class Source(Protocol):
     resume_cost: str
     state_size: str
     """Both as in :class:`~lightning_resume.data.capabilities.Capabilities`."""
+    shuffle = False
+    lazy = False
+    """Whether ``length`` takes reading, so that it is asked for only when it is needed."""
 
+    @abc.abstractmethod
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
         """The samples at positions ``[start, stop)`` of the epoch that ``state`` is in."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def length_of(self, epoch: int) -> int:
+        """The length of a certain epoch."""
+        return self.length
 
-    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None: ...
+    def plan(self, *, readers: int, batch_size: int) -> None:
+        """Is told, before the first sample of a new run, how many processes will read and in batches of what size."""
+
+    def check(self, state: Mapping[str, Any], saved: order.OrderState, current: order.OrderState) -> None:
+        """Raises :class:`CheckpointMismatchError` when ``state`` belongs to other samples; changes nothing."""
+        for field, advice in _SAMPLES.items():
+            if getattr(saved, field) != getattr(current, field):
+                raise CheckpointMismatchError(
+                    "loader",
+                    field,
+                    saved=getattr(saved, field),
+                    current=getattr(current, field),
+                    advice=f"{advice} (`fabric.load(..., strict=False)` leaves this loader's position out.)",
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the positions need beside the :class:`~lightning_resume.data.order.OrderState`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
+        """Restores what :meth:`state_dict` returned; ``seed`` is the saved one."""
+
+    def hint(self, state: Mapping[str, Any]) -> None:
+        """Is told a state that may be loaded later: nothing may change but what it saves from being read."""
+
+    def grow(self, epoch: int) -> None:
+        """Takes in, from ``epoch`` on, what has come since the state was saved."""
 
 
-class Permuted:
+_SAMPLES = {
+    "length": "The dataset has another number of samples: use the one that the run was started with.",
+    "fingerprint": "This is another dataset: use the one that the run was started with.",
+}
+
+
+class Permuted(Source):
     """All samples of a dataset once an epoch, in the elastic order or (``shuffle=False``) as they lie."""
 
     resume_cost = "O(1)"
     state_size = "O(1)"
 
     def __init__(self, length: int, *, shuffle: bool) -> None:
-        self.length = length
+        self.length, self.shuffle = length, shuffle
         self.kind = "shuffled" if shuffle else "sequential"
 
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
@@ -51,14 +91,8 @@ class Permuted:
             for position, index in enumerate(order.indices(state, start, stop).tolist(), start)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
-        pass
-
-
-class Replayed:
+class Replayed(Source):
     """The user's own sampler: what it draws in an epoch is a function of the epoch and its state at the epoch's start.
 
     Its draws from the global generators come from a stream keyed by seed and epoch; generators that it holds itself

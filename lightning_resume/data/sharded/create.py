@@ -1,0 +1,66 @@
+"""Chooses what a sharded dataset and its loader are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_resume import _distributed
+from lightning_resume.data import order
+from lightning_resume.data.loader import ElasticLoader
+from lightning_resume.data.resumable import make_resumable
+from lightning_resume.data.sharded.dataset import Options, ShardedDataset
+from lightning_resume.data.sharded.files import Paths, list_files
+from lightning_resume.data.sharded.indexed import ColumnCollate, IndexedDataset, OwnOrder
+from lightning_resume.data.sharded.parquet import Parquet
+
+_INDEXED = {Parquet.name: Parquet}
+
+
+def create(
+    path: Paths,
+    *,
+    format: str,
+    options: Options,
+    group: Any,
+    share: tuple[int, int] | None,
+    tail: order.Tail | None,
+    storage_options: Mapping[str, Any] | None,
+    **dataloader_options: Any,
+) -> tuple[DataLoader[Any], ShardedDataset]:
+    """What :meth:`ShardedDataset.create_dataloader` returns."""
+    if format in _INDEXED and options.filter is None and group is None:
+        files = list_files(path, suffixes=_INDEXED[format].suffixes, storage_options=storage_options)
+        return _indexed(files, _INDEXED[format](), options, share=share, tail=tail, **dataloader_options)
+    raise ValueError(f"format is {format!r}; pass one of {sorted(_INDEXED)}.")
+
+
+def _indexed(
+    files: Any,
+    format: Parquet,
+    options: Options,
+    *,
+    share: tuple[int, int] | None,
+    tail: order.Tail | None,
+    collate_fn: Callable[[Any], Any] | None,
+    drop_last: bool,
+    **dataloader_options: Any,
+) -> tuple[DataLoader[Any], ShardedDataset]:
+    columnar = collate_fn is None and options.transform is None
+    dataset = IndexedDataset(files, options, format=format, columnar=columnar)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        sampler=OwnOrder(dataset, shuffle=options.shuffle, seed=options.seed, drop_last=drop_last),
+        collate_fn=ColumnCollate(options.output) if columnar else collate_fn,
+        drop_last=drop_last,
+        **dataloader_options,
+    )
+    rank, world_size = share or (_distributed.rank(), _distributed.world_size())
+    elastic: ElasticLoader = make_resumable(
+        loader, rank=rank, world_size=world_size, seed=options.seed, tail=tail, shared=True
+    )
+    if share is None:
+        elastic.leave_share_open()
+    return elastic, dataset  # type: ignore[return-value]

@@ -1,0 +1,212 @@
+"""Datasets of many files, whose position survives any change of topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_resume.data import order
+from lightning_resume.data.position import Resumable
+from lightning_resume.data.sharded.files import Files, Paths
+
+_NOT_BOUND = (
+    "This dataset has no position of its own: its loader has. Make both with `ShardedDataset.create_dataloader(...)`,"
+    " or give the dataset to a DataLoader and this to `make_resumable`, a Trainer with ResumeCallback, or Fabric."
+)
+
+
+class Output(str, enum.Enum):
+    """How a batch of columns arrives when neither ``transform`` nor ``collate_fn`` is given."""
+
+    TORCH = "torch"
+    """Numbers as tensors (lists of them stacked where they are of one length), all else as Python lists."""
+    NUMPY = "numpy"
+    ARROW = "arrow"
+    """A ``pyarrow.Table``."""
+    PYTHON = "python"
+    """Lists."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user says of how samples are read.
+
+    Attributes:
+        shuffle: False for the order in which the samples lie.
+        seed: Key of the order and of the samples' random numbers.
+        columns: Which to read; all by default.
+        transform: Applied to each sample, with random numbers keyed by the sample.
+        filter: Samples for which it is false are left out; they count as inputs.
+        output: How a batch arrives where nothing else makes it.
+        lanes: Sequences that the shards are divided into, each read by one process at a time: fixed when a run starts.
+        window: Units that are shuffled together: row groups, or a number of records where there are none.
+        append_files: Whether files may have been added since the state was saved; read from the next epoch on.
+    """
+
+    shuffle: bool = False
+    seed: int = 0
+    columns: Sequence[str] | None = None
+    transform: Callable[[Any], Any] | None = None
+    filter: Callable[[Any], bool] | None = None
+    output: Output = Output.TORCH
+    lanes: int | None = None
+    window: int | None = None
+    append_files: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; pass at least 1, or None for the default.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; pass at least 0.")
+
+
+class ShardedDataset:
+    """Samples in many files: parquet, JSON lines, text, tar; local or remote.
+
+    Made by :meth:`create_dataloader`. ``state_dict``, ``load_state_dict`` and ``set_epoch`` are those of the loader
+    that iterates over it.
+    """
+
+    def __init__(self, files: Files, options: Options) -> None:
+        self.files, self.options = files, options
+        self._loader: Resumable | None = None
+
+    @classmethod
+    def create_dataloader(
+        cls,
+        path: Paths,
+        *,
+        format: str = "parquet",
+        batch_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        columns: Sequence[str] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        filter: Callable[[Any], bool] | None = None,
+        group: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        output: Output | str = Output.TORCH,
+        drop_last: bool = False,
+        tail: order.Tail | str | None = None,
+        lanes: int | None = None,
+        window: int | None = None,
+        append_files: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        **dataloader_options: Any,
+    ) -> tuple[DataLoader[Any], ShardedDataset]:
+        """Returns a loader over the files at ``path``, and its dataset.
+
+        Every sample of every epoch comes once, over all ranks. The position may be saved at any batch, by the loader's
+        or the dataset's ``state_dict``, by a Trainer with ``ResumeCallback`` or by Fabric, and gone on with at any
+        world size, number of workers and batch size. Files that are finished are not opened again.
+
+        Args:
+            path: A folder (all files below it with the format's suffix), a glob, a file, or a list of these; local, or
+                a URL that fsspec knows (``s3://...``).
+            format: ``"parquet"``, ``"jsonl"`` (also .gz and .zst), ``"text"`` or ``"tar"`` (WebDataset).
+            batch_size: Samples of one rank in one step.
+            shuffle: Whether to permute files, units within files, and samples within ``window`` units. False: the order
+                in which they lie.
+            seed: Key of the order and of the samples' random numbers.
+            num_workers: Worker processes of this rank.
+            rank: This process's index among those that see different data; by default from the strategy or the process
+                group.
+            world_size: Number of those processes; by default as for ``rank``.
+            columns: Which columns to read; all by default.
+            transform: Applied to each sample (a dict for parquet and JSON lines), with random numbers keyed by the
+                sample.
+            filter: Samples for which it is false are left out.
+            group: What makes samples of samples: ``Packing`` or ``BatchByLength``.
+            collate_fn: Makes a batch of a list of samples. By default a batch of dicts becomes a dict of columns.
+            output: How those columns arrive: ``"torch"``, ``"numpy"``, ``"arrow"`` or ``"python"``.
+            drop_last: Leave out the samples at the end of an epoch that fill no batch.
+            tail: What else becomes of them: see :class:`~lightning_resume.Tail`.
+            lanes: Sequences that the files are divided into, so that no two processes read the same part; kept for the
+                whole run. By default as many as there are processes that read when the run starts.
+            window: Units (row groups, or records where there are none) that are shuffled together, within a file.
+            append_files: Whether files may have come since the state was saved. They are read from the next epoch on.
+            storage_options: For the filesystem of ``path``.
+            dataloader_options: Anything else that :class:`torch.utils.data.DataLoader` takes.
+
+        Raises:
+            FileNotFoundError: There are no files at ``path``.
+            ValueError: An argument is out of its bounds, or ``format`` is not known.
+            MissingPackageError: The URL or the format needs a package that is not installed.
+        """
+        from lightning_resume.data.sharded import create  # it imports this module
+
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
+        options = Options(
+            shuffle=shuffle,
+            seed=seed,
+            columns=columns,
+            transform=transform,
+            filter=filter,
+            output=Output(output),
+            lanes=lanes,
+            window=window,
+            append_files=append_files,
+        )
+        return create.create(
+            path,
+            format=format,
+            options=options,
+            group=group,
+            share=None if rank is None or world_size is None else (rank, world_size),
+            tail=None if tail is None else order.Tail(tail),
+            storage_options=storage_options,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+            **dataloader_options,
+        )
+
+    # -- the position, which is the loader's
+
+    def bind(self, loader: Resumable) -> None:
+        """Says which loader iterates over this dataset."""
+        self._loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position, after the last batch that the loader gave."""
+        return self._bound().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from ``state_dict``: this rank's, or a list of those of all ranks.
+
+        Raises:
+            CheckpointMismatchError: It belongs to other files or another order; nothing was changed.
+        """
+        self._bound().load_state_dict(state_dict)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes ``epoch`` the next. Within the same epoch the position is kept: it may be called after a load."""
+        self._bound().set_epoch(epoch)
+
+    @property
+    def epoch(self) -> int:
+        return self._bound().epoch
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the path, size and order of the files."""
+        return self.files.fingerprint
+
+    def _bound(self) -> Resumable:
+        if self._loader is None:
+            raise RuntimeError(_NOT_BOUND)
+        return self._loader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loader": None}  # a worker has no use for it, and it cannot be sent

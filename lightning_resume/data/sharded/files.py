@@ -1,0 +1,158 @@
+"""The files of a sharded dataset: which there are, on any filesystem that fsspec knows, and what changed among them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import fsspec
+import xxhash
+from fsspec.core import has_magic
+
+from lightning_resume.errors import MissingPackageError
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file: its path, relative to the folder that all files lie in, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of one dataset, in order.
+
+    Opened through a filesystem that each process makes for itself: connections do not survive a fork.
+    """
+
+    root: str
+    """The folder that all lie in, with the protocol."""
+    shards: tuple[Shard, ...]
+    storage_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def open(self, index: int, **options: Any) -> Any:
+        """The file, open for reading bytes; ``options`` go to the filesystem's ``open``."""
+        filesystem, root = fsspec.url_to_fs(self.root, **self.storage_options)
+        return filesystem.open(posixpath.join(root, self.shards[index].path), "rb", **options)
+
+    def url(self, index: int) -> str:
+        """What to call the file in a message."""
+        return posixpath.join(self.root, self.shards[index].path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any path or size, and with the order of the files."""
+        return fingerprint(self.shards)
+
+
+def fingerprint(shards: Iterable[Shard]) -> str:
+    text = "\n".join(f"{shard.path}\t{shard.size}" for shard in shards)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Mapping[str, Any] | None = None) -> Files:
+    """The files at ``path``: a folder (all below that end in one of ``suffixes``), a glob, a file, or a list of these.
+
+    Those of a folder or glob come sorted by path, those of a list in its order. Names that begin with ``_`` or ``.``
+    below a folder are left out, as ``_SUCCESS`` and ``.crc`` files are not data.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: They lie on different filesystems, or one is named twice.
+        MissingPackageError: The package for the URL's protocol is not installed.
+    """
+    options = dict(storage_options or {})
+    given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    filesystems: dict[str, Any] = {}
+    found: list[tuple[str, int]] = []
+    for one in given:
+        filesystem, text = _filesystem(os.fspath(one), options)
+        filesystems[filesystem.unstrip_protocol("")] = filesystem
+        found += _found(filesystem, text, suffixes)
+    if not found:
+        raise FileNotFoundError(f"There are no files{_ending(suffixes)} at {path!r}. Pass a folder, a glob, or a list.")
+    if len(filesystems) > 1:
+        raise ValueError(f"{path!r} lies on several filesystems: {sorted(filesystems)}. Use one for a dataset.")
+    [(most_common, times)] = collections.Counter(name for name, _ in found).most_common(1)
+    if times > 1:
+        raise ValueError(f"{most_common} is named {times} times in {path!r}: its samples would come more than once.")
+    filesystem = next(iter(filesystems.values()))
+    root = posixpath.commonpath([posixpath.dirname(name) for name, _ in found])
+    shards = tuple(Shard(path=posixpath.relpath(name, root or "."), size=size) for name, size in found)
+    return Files(root=filesystem.unstrip_protocol(root), shards=shards, storage_options=options)
+
+
+def _filesystem(path: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    try:
+        filesystem, text = fsspec.url_to_fs(path, **options)
+    except ImportError as error:
+        raise MissingPackageError(f"{path}: {error}. Install the package that it names.") from error
+    filesystem.invalidate_cache()  # files may have come since it was last looked at
+    return filesystem, text
+
+
+def _found(filesystem: Any, path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
+    if has_magic(path):
+        entries = filesystem.glob(path, detail=True)
+    elif filesystem.isdir(path):
+        entries = filesystem.find(path, detail=True)
+        entries = {name: info for name, info in entries.items() if _is_data(posixpath.relpath(name, path), suffixes)}
+    else:
+        entries = {path: filesystem.info(path)}
+    return sorted((name, int(info["size"])) for name, info in entries.items() if info["type"] == "file")
+
+
+def _is_data(name: str, suffixes: Sequence[str]) -> bool:
+    hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
+    return not hidden and (not suffixes or name.lower().endswith(tuple(suffixes)))
+
+
+def _ending(suffixes: Sequence[str]) -> str:
+    return f" that end in {' or '.join(suffixes)}" if suffixes else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What differs between the files that were saved and those that are there."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    resized: tuple[str, ...]
+    reordered: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.resized or self.reordered)
+
+    @property
+    def only_added(self) -> bool:
+        return bool(self.added) and not (self.removed or self.resized or self.reordered)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(paths)} {what} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+            for what, paths in (("added", self.added), ("removed", self.removed), ("resized", self.resized))
+            if paths
+        ]
+        if self.reordered:
+            parts.append("the order of the others differs")
+        return "; ".join(parts)
+
+
+def difference(saved: Sequence[Shard], current: Sequence[Shard]) -> Difference:
+    """What became of the files since ``saved``. Pure."""
+    before, now = {s.path: s.size for s in saved}, {s.path: s.size for s in current}
+    kept = [path for path in before if path in now]
+    return Difference(
+        added=tuple(path for path in now if path not in before),
+        removed=tuple(path for path in before if path not in now),
+        resized=tuple(path for path in kept if before[path] != now[path]),
+        reordered=kept != [path for path in now if path in before],
+    )
