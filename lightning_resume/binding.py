@@ -24,7 +24,7 @@ from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.stream import StreamLoader
-from lightning_resume.run import describe, loader_component, restore_rng, rng_component, saved_loader
+from lightning_resume.run import describe, loader_component, loader_count, restore_rng, rng_component, saved_loader
 from lightning_resume.run_folder import RunFolder
 from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies
@@ -117,6 +117,7 @@ class TrainerBinding:
         self._rng_before: rng.RngState | None = None
         self._buffers = BufferCopies()
         self._resume: Resume | None = None
+        self._hints: list[dict[str, Any] | None] = []
         self._skip_batch = False
         self._restore_max_steps: Callable[[], None] = lambda: None
         self._stopped: dict[str, Any] | None = None
@@ -255,7 +256,11 @@ class TrainerBinding:
     def _check_components(self, components: SavedComponents | None) -> None:
         if components is None or not is_fitting(self.trainer):
             return
-        self._loops.setup_data()
+        self._hints = [saved_loader(components, index) for index in range(loader_count(components))]
+        try:
+            self._loops.setup_data()
+        finally:
+            self._hints = []
         for index, loader in enumerate(self._train_loaders()):
             saved = saved_loader(components, index)
             if saved is not None:
@@ -439,7 +444,10 @@ class TrainerBinding:
         if not (is_fitting(self.trainer) and self.trainer.training):
             return loader
         share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
+        resumable = make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
+        if self._hints and (saved := self._hints.pop(0)) is not None:
+            resumable.hint(saved)  # Lightning is about to ask for its length
+        return resumable
 
     def _setup_data(self, stock: Callable[[], None]) -> None:
         before = self._train_loaders()

@@ -147,7 +147,7 @@ class Tracker:
     def restore(self, components: SavedComponents, *, strict: bool) -> None:
         """Puts loaders where they were, and those set up later too; the random number generators last."""
         self._pending = {}
-        for index in range(_count(components)):
+        for index in range(loader_count(components)):
             saved = saved_loader(components, index)
             assert saved is not None
             if index < len(self.loaders):
@@ -159,7 +159,8 @@ class Tracker:
         self._rng = None
 
 
-def _count(components: SavedComponents) -> int:
+def loader_count(components: SavedComponents) -> int:
+    """How many loaders' positions were saved."""
     return sum(name.startswith(_LOADER) for name in components.names())
 
 

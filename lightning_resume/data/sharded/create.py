@@ -32,14 +32,25 @@ def create(
 ) -> tuple[DataLoader[Any], ShardedDataset]:
     """What :meth:`ShardedDataset.create_dataloader` returns."""
     if format in _INDEXED and options.filter is None and group is None:
-        files = list_files(path, suffixes=_INDEXED[format].suffixes, storage_options=storage_options)
-        return _indexed(files, _INDEXED[format](), options, share=share, tail=tail, **dataloader_options)
+        dataset = indexed_dataset(path, format=format, options=options, storage_options=storage_options)
+        return _indexed(dataset, options, share=share, tail=tail, **dataloader_options)
     raise ValueError(f"format is {format!r}; pass one of {sorted(_INDEXED)}.")
 
 
+def indexed_dataset(
+    path: Paths, *, format: str, options: Options, storage_options: Mapping[str, Any] | None
+) -> IndexedDataset:
+    """What :meth:`ShardedDataset.from_path` returns."""
+    if format not in _INDEXED:
+        raise ValueError(f"format is {format!r}; pass one of {sorted(_INDEXED)}.")
+    made = _INDEXED[format]()
+    return IndexedDataset(
+        list_files(path, suffixes=made.suffixes, storage_options=storage_options), options, format=made
+    )
+
+
 def _indexed(
-    files: Any,
-    format: Parquet,
+    dataset: IndexedDataset,
     options: Options,
     *,
     share: tuple[int, int] | None,
@@ -48,12 +59,11 @@ def _indexed(
     drop_last: bool,
     **dataloader_options: Any,
 ) -> tuple[DataLoader[Any], ShardedDataset]:
-    columnar = collate_fn is None and options.transform is None
-    dataset = IndexedDataset(files, options, format=format, columnar=columnar)
+    dataset.columnar = collate_fn is None and options.transform is None
     loader: DataLoader[Any] = DataLoader(
         dataset,
         sampler=OwnOrder(dataset, shuffle=options.shuffle, seed=options.seed, drop_last=drop_last),
-        collate_fn=ColumnCollate(options.output) if columnar else collate_fn,
+        collate_fn=ColumnCollate(options.output) if dataset.columnar else collate_fn,
         drop_last=drop_last,
         **dataloader_options,
     )

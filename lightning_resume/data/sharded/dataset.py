@@ -172,6 +172,32 @@ class ShardedDataset:
             **dataloader_options,
         )
 
+    @classmethod
+    def from_path(
+        cls,
+        path: Paths,
+        *,
+        format: str = "parquet",
+        columns: Sequence[str] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        window: int | None = None,
+        lanes: int | None = None,
+        append_files: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ShardedDataset:
+        """Returns the dataset alone, for a ``DataLoader`` of your own or a :class:`~lightning_resume.Mixture`.
+
+        It is map-style: a sample is a dict, or what ``transform`` makes of it. In a loader that is resumable (by a
+        Trainer with ``ResumeCallback``, by Fabric, or by ``make_resumable``) ``shuffle=True`` is the order that reads
+        little.
+
+        Args and Raises: as for :meth:`create_dataloader`; ``format`` is one whose files tell how many rows they hold.
+        """
+        from lightning_resume.data.sharded import create  # it imports this module
+
+        options = Options(columns=columns, transform=transform, window=window, lanes=lanes, append_files=append_files)
+        return create.indexed_dataset(path, format=format, options=options, storage_options=storage_options)
+
     # -- the position, which is the loader's
 
     def bind(self, loader: Resumable) -> None:

@@ -126,33 +126,27 @@ class Difference:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     resized: tuple[str, ...]
-    reordered: bool
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.resized or self.reordered)
+        return bool(self.added or self.removed or self.resized)
 
     @property
     def only_added(self) -> bool:
-        return bool(self.added) and not (self.removed or self.resized or self.reordered)
+        return bool(self.added) and not (self.removed or self.resized)
 
     def __str__(self) -> str:
-        parts = [
+        return "; ".join(
             f"{len(paths)} {what} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
             for what, paths in (("added", self.added), ("removed", self.removed), ("resized", self.resized))
             if paths
-        ]
-        if self.reordered:
-            parts.append("the order of the others differs")
-        return "; ".join(parts)
+        )
 
 
 def difference(saved: Sequence[Shard], current: Sequence[Shard]) -> Difference:
-    """What became of the files since ``saved``. Pure."""
+    """What became of the files since ``saved``; their order does not matter. Pure."""
     before, now = {s.path: s.size for s in saved}, {s.path: s.size for s in current}
-    kept = [path for path in before if path in now]
     return Difference(
         added=tuple(path for path in now if path not in before),
         removed=tuple(path for path in before if path not in now),
-        resized=tuple(path for path in kept if before[path] != now[path]),
-        reordered=kept != [path for path in now if path in before],
+        resized=tuple(path for path, size in before.items() if now.get(path, size) != size),
     )

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 class IndexedDataset(ShardedDataset, Dataset[Any]):
     """Rows of parquet files by number: a map-style dataset that any sampler can draw from."""
 
-    def __init__(self, files: Files, options: Options, *, format: Parquet, columnar: bool) -> None:
+    def __init__(self, files: Files, options: Options, *, format: Parquet) -> None:
         ShardedDataset.__init__(self, files, options)
-        self.format, self._columnar = format, columnar
+        self.format = format
+        self.columnar = False
+        """Whether a batch is to come as one table, for :class:`ColumnCollate`."""
         self.listed: Sequence[Shard] = files.shards
         """The files that were there when the dataset was made."""
         self._table: Table | None = None
@@ -74,7 +76,7 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
     def fetch_keyed(self, rows: Sequence[int], seed: Callable[[int], None]) -> Any:
         """The samples of a batch; ``seed(n)`` sets the random numbers of the n-th before anything may draw them."""
         table = self._rows(rows)
-        return table if self._columnar else self._samples(table, seed)
+        return table if self.columnar else self._samples(table, seed)
 
     def _samples(self, table: pa.Table, seed: Callable[[int], None]) -> list[Any]:
         samples: list[Any] = table.to_pylist()

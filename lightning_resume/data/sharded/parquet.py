@@ -114,7 +114,8 @@ class UnitReader:
                 current=f"rows {_short(_group_rows(file.metadata))}",
                 advice="The file was written anew since its rows were counted. Put it back, or start anew.",
             )
-        unknown = sorted(set(self._columns or ()) - set(file.schema_arrow.names))
+        names = set(file.schema_arrow.names)
+        unknown = [name for name in self._columns or () if not {name, name.split(".")[0]} & names]
         if unknown:
             raise ValueError(
                 f"{self._files.url(shard)} has no column {unknown[0]!r}; it has {file.schema_arrow.names}. Correct"
