@@ -37,6 +37,7 @@ Value = TypeVar("Value")
 _VERSION = 1
 _LARGEST_LENGTH = 2**63 - 1
 _LARGEST_TABLE = 4096
+_CHUNK = 4096
 # a round changes one half only, and at 13 bits a half is 6 bits wide: more rounds than the eight that wide halves need
 _ROUNDS = 12
 _MASK = 2**64 - 1
@@ -84,6 +85,7 @@ class Permutation:
         width = (length - 1).bit_length()
         self._low_bits = (width + 1) // 2
         self._low_mask = (1 << self._low_bits) - 1
+        self._chunks: tuple[tuple[int, Indices], ...] = ()
         self._high_mask = (1 << (width - self._low_bits)) - 1
 
     def __len__(self) -> int:
@@ -110,6 +112,23 @@ class Permutation:
             raise IndexError(f"positions [{start}, {stop}) are outside a permutation of {self._length} items")
         if self._length <= _LARGEST_TABLE:
             return np.array(self._table[start:stop])
+        if stop - start > _CHUNK:
+            return self._compute(start, stop)
+        # a few positions cost nearly as much as thousands, and the next ones are asked for next
+        numbers = range(start // _CHUNK, -(-stop // _CHUNK))
+        parts = [self._chunk(n)[max(0, start - n * _CHUNK) : stop - n * _CHUNK] for n in numbers]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _chunk(self, number: int) -> Indices:
+        kept = self._chunks  # two: what is asked for may lie across the end of one
+        for known, indices in kept:
+            if known == number:
+                return indices
+        indices = self._compute(number * _CHUNK, min(self._length, (number + 1) * _CHUNK))
+        self._chunks = ((number, indices), *kept[:1])
+        return indices
+
+    def _compute(self, start: int, stop: int) -> Indices:
         words = self._encrypt_all(np.arange(stop - start, dtype=np.uint64) + np.uint64(start))
         outside = np.flatnonzero(words >= self._length)
         while outside.size:
