@@ -441,9 +441,11 @@ class TrainerBinding:
 
     def _process_dataloader(self, dataloader: Any) -> Any:
         loader = self._stock_process(dataloader)
-        if not (is_fitting(self.trainer) and self.trainer.training):
-            return loader
         share = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        if not (is_fitting(self.trainer) and self.trainer.training):
+            if isinstance(loader, Resumable):  # one that divides its data itself does so in validation too
+                loader.share_by_default(rank=share["rank"], world_size=share["num_replicas"])
+            return loader
         resumable = make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
         if self._hints and (saved := self._hints.pop(0)) is not None:
             resumable.hint(saved)  # Lightning is about to ask for its length

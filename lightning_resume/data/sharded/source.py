@@ -98,6 +98,7 @@ class ShardedSource(Source):
         return {"table": self.dataset.table_bytes, "grown": [list(entry) for entry in self._grown], **plan}
 
     def check(self, state: Mapping[str, Any], saved: order.OrderState, current: order.OrderState) -> None:
+        _plan_of(state)
         changed = difference(_saved_shards(state), self.dataset.listed)
         if changed and not (changed.only_added and self.dataset.options.append_files):
             raise CheckpointMismatchError(
@@ -109,8 +110,8 @@ class ShardedSource(Source):
             )
 
     def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
-        self._set_plan(_count(state, "lanes"), _count(state, "block"), _count(state, "window"))
-        self._grown = [(int(epoch), int(shards)) for epoch, shards in state["grown"]]
+        plan, self._grown = _plan_of(state)
+        self._set_plan(*plan)
         self.dataset.adopt(_saved_table(state["table"]), state["table"])
 
     def grow(self, epoch: int) -> None:
@@ -140,6 +141,22 @@ def _saved_table(data: bytes) -> Table:
 
 def _saved_shards(state: Mapping[str, Any]) -> Sequence[Shard]:
     return _saved_table(state["table"]).shards
+
+
+def _plan_of(state: Mapping[str, Any]) -> tuple[tuple[int, int, int], list[tuple[int, int]]]:
+    """Lanes, block and window, and from which epoch on how many shards are read."""
+    plan = _count(state, "lanes"), _count(state, "block"), _count(state, "window")
+    grown = [(int(epoch), int(shards)) for epoch, shards in state["grown"]]
+    known = [shards for _, shards in grown]
+    if (
+        not grown
+        or grown[0][0] != 0
+        or grown != sorted(grown)
+        or known[-1] > len(_saved_shards(state))
+        or min(known) < 1
+    ):
+        raise ValueError(f"position in the data: grown is {grown}; {_DAMAGED}")
+    return plan, grown
 
 
 def _count(state: Mapping[str, Any], name: str) -> int:
