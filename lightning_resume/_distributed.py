@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +46,26 @@ def all_gather_object(obj: T) -> list[T]:
     with together():
         dist.all_gather_object(box, obj)
     return box
+
+
+def gather_object(obj: T, dst: int) -> list[T] | None:
+    """Returns the ``obj`` of every rank, in rank order, on rank ``dst``; ``None`` on the others."""
+    if world_size() == 1:
+        return [obj]
+    box: list[Any] | None = [None] * world_size() if rank() == dst else None
+    with together():
+        dist.gather_object(obj, box, dst=dst)
+    return box
+
+
+def scatter_object(objs: Sequence[T], src: int) -> T:
+    """Returns this rank's of rank ``src``'s ``objs``, one for each rank."""
+    if world_size() == 1:
+        return objs[0]
+    box: list[Any] = [None]
+    with together():
+        dist.scatter_object_list(box, list(objs) if rank() == src else None, src=src)
+    return box[0]  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -75,6 +75,10 @@ class RankLostError(ResumeError, RuntimeError):
     """Another rank ended, or did not answer within the process group's time limit, while all were needed."""
 
 
+class OutOfStepError(ResumeError, RuntimeError):
+    """Ranks that must make the same call made different ones; names ranks and calls. Raised on every rank."""
+
+
 class ReplicaMismatchError(CheckpointSaveError):
     """A tensor that ranks should hold alike differs between them; names it, the ranks and their hashes."""
 

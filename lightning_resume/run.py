@@ -11,7 +11,8 @@ from torch.nn import Module
 
 from lightning_resume import _distributed
 from lightning_resume.checkpoint.components import SavedComponents
-from lightning_resume.data.position import Resumable, merged
+from lightning_resume.data.position import Resumable
+from lightning_resume.data.scenarios import merged
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from lightning_resume.data.capabilities import Capabilities
+from lightning_resume.data.scenarios import Scenarios
 from lightning_resume.errors import CheckpointMismatchError, UnsafeResumeWarning
 from lightning_resume.state.component import Sharing
 
 
-class Resumable(abc.ABC):
+class Resumable(Scenarios):
     """A loader that can say where it is and go on from there.
 
     A batch counts as taken when it is handed out. A caller that took batches ahead of what it trained on says so with
@@ -96,6 +97,9 @@ class Resumable(abc.ABC):
     def unstepped(self) -> int:
         """Batches handed out since the optimizer last stepped; 0 when the iteration has ended."""
         return 0 if self._ended else self._taken - self._stepped
+
+    def _behind(self) -> int:
+        return self.unstepped if self._watched else 0
 
     def state_dict(self, behind: int = 0) -> dict[str, Any]:
         """The position, as it was before the last ``behind`` batches were handed out."""
@@ -199,14 +203,6 @@ class Resumable(abc.ABC):
     def _fixed(self) -> dict[str, Any]:
         """What must be the same on load, by name."""
         return {name: self.topology.get(name) for name in self.capabilities.fixed()}
-
-
-def merged(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """One state from those of all ranks, where each rank's holds the cursors of its own lanes and the rest is equal."""
-    lanes: dict[str, Any] = {}
-    for state in states:
-        lanes.update(state["lanes"])
-    return {**states[0], "lanes": lanes}
 
 
 _ADVICE = "start with it again. (`fabric.load(..., strict=False)` leaves this loader's position out.)"
