@@ -2,6 +2,8 @@
 
 from lightning_resume.callback import ResumeCallback
 from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, KeepLast
+from lightning_resume.data.adapters.protocol import LoaderAdapter
+from lightning_resume.data.adapters.registry import register_adapter
 from lightning_resume.data.capabilities import Capabilities
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
@@ -56,6 +58,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "LoaderAdapter",
     "MissingPackageError",
     "NonFiniteWarning",
     "OutOfStepError",
@@ -81,5 +84,6 @@ __all__ = [
     "list_checkpoints",
     "make_resumable",
     "prune",
+    "register_adapter",
     "verify",
 ]

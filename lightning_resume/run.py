@@ -167,7 +167,7 @@ def loader_count(components: SavedComponents) -> int:
 
 def _load(loader: Resumable, saved: dict[str, Any], *, strict: bool) -> None:
     try:
-        loader.load_state_dict(saved)
+        loader.load_state_dict(saved, strict=None if strict else False)
     except CheckpointMismatchError as error:
         if strict:
             raise

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_resume.data import order
+from lightning_resume.data.adapters.torchdata import without_state
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import KeyedCollate, KeyedDataset, Request, keyed_seed, worker_init
@@ -174,7 +175,7 @@ class ElasticLoader(Resumable):
             yield batch
 
     def _make_engine(self) -> DataLoader[Any]:
-        engine = copy.copy(self._user_loader)
+        engine = copy.copy(without_state(self._user_loader))
         dataset = KeyedDataset(self._user_loader.dataset, self._start.seed)
         requests = Requests(self)
         batched = self._user_loader.batch_sampler is not None

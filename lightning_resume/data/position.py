@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -111,19 +112,33 @@ class Resumable(Scenarios):
     def hint(self, state_dict: Mapping[str, Any]) -> None:
         """Tells a state that may be loaded next, so that what it knows need not be read; changes nothing else."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> None:
         """Goes on from ``state_dict`` at the next ``iter``: with what was left of the iteration, or, when the iteration
         had ended, with the next epoch. An iteration saved at its last batch has nothing left.
 
+        Args:
+            state_dict: From :meth:`state_dict`.
+            strict: ``False`` goes on at another topology too, as well as can be done, and warns about what may repeat
+                or be lost (:class:`UnsafeResumeWarning`); ``None`` is what the loader was made with.
+
         Raises:
-            CheckpointMismatchError: The state belongs to another dataset or another order; nothing was changed.
+            CheckpointMismatchError: The state belongs to another dataset, order or topology; nothing was changed.
         """
-        self.check(state_dict)
+        with self._strictness(strict):
+            self.check(state_dict)
         self._load(state_dict)
         self._begin_attributes()
         self._resumed = True
         if state_dict["ended"]:
             self._next_epoch()
+
+    @contextlib.contextmanager
+    def _strictness(self, strict: bool | None) -> Iterator[None]:
+        before, self.strict = self.strict, self.strict if strict is None else strict
+        try:
+            yield
+        finally:
+            self.strict = before
 
     def load_epoch_end(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict`` with the next epoch, whatever is left of the current one."""
@@ -161,13 +176,21 @@ class Resumable(Scenarios):
                 field,
                 saved=saved.get(field, "any"),
                 current=current.get(field, "any"),
-                advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {_ADVICE}",
+                advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {self._advice()}",
             )
             if self.strict or not self.capabilities.caution:
                 raise error
             warnings.warn(
-                f"{error}\nstrict=False: it goes on. {self.capabilities.caution}", UnsafeResumeWarning, stacklevel=2
+                f"A {self._kind()} goes on (strict=False) with another {field} than it was saved with:"
+                f" {saved.get(field, 'any')} became {current.get(field, 'any')}. {self.capabilities.caution}",
+                UnsafeResumeWarning,
+                stacklevel=2,
             )
+
+    def _advice(self) -> str:
+        """What the user can do about another topology."""
+        without = f"goes on with it as it is: {self.capabilities.caution}" if self.capabilities.caution else _LEAVES_OUT
+        return f"start with it again. (`strict=False` {without})"
 
     def _begin_attributes(self) -> None:
         self._taken = self._stepped = 0
@@ -205,4 +228,4 @@ class Resumable(Scenarios):
         return {name: self.topology.get(name) for name in self.capabilities.fixed()}
 
 
-_ADVICE = "start with it again. (`fabric.load(..., strict=False)` leaves this loader's position out.)"
+_LEAVES_OUT = "of `fabric.load` leaves this loader's position out."

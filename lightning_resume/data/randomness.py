@@ -125,10 +125,12 @@ class KeyedIterable(IterableDataset[Any]):
         self.batch_key = 0
         self.live: KeyedIterator | None = None
         self.pending: Mapping[str, Any] | None = None
+        self.reads_again = False
+        """Whether the dataset's own state is left alone, because it does not tell the position."""
 
     def __iter__(self) -> KeyedIterator:
         self.live = KeyedIterator(self)
-        if is_stateful(self.dataset) or is_stateful(self.live.inner):
+        if not self.reads_again and (is_stateful(self.dataset) or is_stateful(self.live.inner)):
             # made anew it would call iter(dataset) again, which may already have used up a position set by the user
             self.live.__class__ = StatefulKeyedIterator
             if self.pending is not None:

@@ -11,17 +11,19 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
 )
 
 from lightning_resume.data import order
+from lightning_resume.data.adapters.iterable import IterableAdapter, WorkersAdapter
+from lightning_resume.data.adapters.protocol import LoaderAdapter, is_from
+from lightning_resume.data.adapters.registry import adapter_for
 from lightning_resume.data.fingerprint import fingerprint
 from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, enough_for_all
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
-from lightning_resume.data.stream import ResumableIterable, StreamLoader, iterable_engine_of, keyed_engine_of
+from lightning_resume.data.stream import ResumableIterable, StreamLoader
 
 
 def make_resumable(
@@ -32,11 +34,13 @@ def make_resumable(
     seed: int | None = None,
     tail: order.Tail | None = None,
     shared: bool = False,
+    strict: bool = True,
 ) -> Any:
     """Returns a loader that stands in for ``loader`` and knows its position.
 
-    Map-style loaders get the elastic order; iterable datasets, ``StatefulDataLoader`` and other iterables keep their
-    own. The result has the attributes of ``loader`` and is an instance of its class; ``loader`` itself is not changed.
+    Map-style loaders get the elastic order; iterable datasets, loaders of other packages and other iterables keep
+    their own (``capabilities`` says what a resume of them can do). The result has the attributes of ``loader`` and is
+    an instance of its class; ``loader`` itself is not changed.
 
     Args:
         loader: A ``DataLoader``, or any iterable over batches that can be iterated over again.
@@ -46,6 +50,8 @@ def make_resumable(
             ``generator`` was seeded with, or ``seed_everything``, or torch's initial seed.
         tail: What becomes of the samples that do not fill a step; by default as ``drop_last`` says.
         shared: Divide each step over the ranks although no ``DistributedSampler`` asks for it.
+        strict: ``False`` lets a load go on at another world size, or number of workers or samples in a batch, where
+            samples may then repeat or be lost; it warns about which. By default that is refused.
 
     Raises:
         ValueError: The dataset has fewer samples than there are ranks.
@@ -53,28 +59,22 @@ def make_resumable(
     if isinstance(loader, Resumable):
         loader.share_by_default(rank=rank, world_size=world_size)
         return loader
-    if not isinstance(loader, DataLoader):
-        iterable = ResumableIterable()
-        engine = iterable_engine_of(loader, _seed(None, seed)[0])
-        iterable.attach(loader, engine, seed=engine.keyed.seed, topology={"world_size": world_size})
-        return iterable
-    stateful_dataloader = _is_stateful_dataloader(loader)
-    if stateful_dataloader or isinstance(loader.dataset, IterableDataset):
-        return _stream(loader, world_size=world_size, seed=seed, stateful_dataloader=stateful_dataloader)
-    return _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail, shared=shared)
+    adapter = adapter_for(loader) or next((known for known in _FALLBACKS if known.matches(loader)), None)
+    if adapter is None:
+        assert isinstance(loader, DataLoader)
+        made: Resumable = _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail, shared=shared)
+    else:
+        made = _stream(loader, adapter(loader, rank=rank, world_size=world_size, seed=_seed(loader, seed)[0]))
+    made.strict = strict
+    return made
 
 
-def _is_stateful_dataloader(loader: DataLoader[Any]) -> bool:
-    return any(
-        cls.__name__ == "StatefulDataLoader" and cls.__module__.startswith("torchdata.") for cls in type(loader).__mro__
-    )
+_FALLBACKS: tuple[type[LoaderAdapter], ...] = (IterableAdapter, WorkersAdapter)
 
 
-def _stream(loader: DataLoader[Any], *, world_size: int, seed: int | None, stateful_dataloader: bool) -> StreamLoader:
-    engine = keyed_engine_of(loader, _seed(loader, seed)[0], stateful_dataloader=stateful_dataloader)
-    stream: StreamLoader = _stand_in(StreamLoader, loader)
-    topology = {"world_size": world_size, "num_workers": loader.num_workers, "batch_size": loader.batch_size}
-    stream.attach(loader, engine, seed=engine.keyed.seed, topology=topology)
+def _stream(loader: Any, adapter: LoaderAdapter) -> StreamLoader:
+    stream: StreamLoader = _stand_in(StreamLoader, loader) if isinstance(loader, DataLoader) else ResumableIterable()
+    stream.attach(loader, adapter)
     return stream
 
 
@@ -82,7 +82,7 @@ def _elastic(
     loader: DataLoader[Any], *, rank: int, world_size: int, seed: int | None, tail: order.Tail | None, shared: bool
 ) -> ElasticLoader:
     key, explicit = _seed(loader, seed)
-    custom_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    custom_batches = loader.batch_sampler is not None and not _is_stock(loader.batch_sampler, BatchSampler)
     sampler = loader.batch_sampler if custom_batches else loader.sampler
     assert sampler is not None
     # what each rank draws for itself can only be gone on with by that rank: it is an order of its own
@@ -119,15 +119,15 @@ def _elastic(
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     """The order that all ranks share, of which each takes its part."""
     own_order = getattr(loader.dataset, "order_source", None)
-    if callable(own_order) and (type(sampler) in _OF_TORCH or _asks_to_share(sampler)):
-        return own_order(shuffle=getattr(sampler, "shuffle", type(sampler) is RandomSampler))  # type: ignore[no-any-return]
-    if type(sampler) is DistributedSampler:
+    if callable(own_order) and (_is_stock(sampler, *_OF_TORCH) or _asks_to_share(sampler)):
+        return own_order(shuffle=_shuffles(sampler))  # type: ignore[no-any-return]
+    if _is_stock(sampler, DistributedSampler):
         return Permuted(_length(loader), shuffle=sampler.shuffle)
     if isinstance(sampler, DistributedSampler):  # Lightning's wrapper of the user's own sampler
         return _shared_source(loader, sampler.dataset._sampler, key)  # type: ignore[attr-defined]
-    if type(sampler) is SequentialSampler:
+    if _is_stock(sampler, SequentialSampler):
         return Permuted(_length(loader), shuffle=False)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == _length(loader):
+    if _is_stock(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == _length(loader):
         return Permuted(_length(loader), shuffle=True)
     return _replayed(sampler, key)
 
@@ -135,9 +135,21 @@ def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
 _OF_TORCH = (DistributedSampler, SequentialSampler, RandomSampler)
 
 
+def _shuffles(sampler: object) -> bool:
+    return bool(getattr(sampler, "shuffle", _is_stock(sampler, RandomSampler)))
+
+
+def _is_stock(sampler: object, *classes: type) -> bool:
+    """Whether ``sampler`` is just one of torch's, or what torchdata's loader has in its place; not a class derived."""
+    kind = type(sampler)
+    if kind.__module__ == "torchdata.stateful_dataloader.sampler":
+        return kind.__name__.removeprefix("Stateful") in {cls.__name__ for cls in classes}
+    return kind in classes
+
+
 def _is_shared(sampler: object) -> bool:
     """Whether Lightning, or the user with torch's class, asked for one order that is divided over the ranks."""
-    if type(sampler) is DistributedSampler or _asks_to_share(sampler):
+    if _is_stock(sampler, DistributedSampler) or _asks_to_share(sampler):
         return True
     return hasattr(getattr(sampler, "dataset", None), "_sampler")
 
@@ -166,15 +178,19 @@ def _drops_last(loader: DataLoader[Any]) -> bool:
     return bool(getattr(loader.batch_sampler, "drop_last", False) or getattr(loader.sampler, "drop_last", False))
 
 
-def _seed(loader: DataLoader[Any] | None, seed: int | None) -> tuple[int, bool]:
+def _seed(loader: Any, seed: int | None) -> tuple[int, bool]:
     """The key of the order, and whether anybody chose it."""
     if seed is not None:
         return seed, True
-    generator = getattr(loader, "generator", None) or getattr(getattr(loader, "sampler", None), "generator", None)
+    sampler = getattr(loader, "sampler", None)
+    generator = getattr(loader, "generator", None)
+    # torchdata's sampler makes itself a generator, which differs between ranks, where the user gave none
+    if generator is None and not is_from(sampler, "torchdata", "RandomSampler"):
+        generator = getattr(sampler, "generator", None)
     if isinstance(generator, torch.Generator):
         return generator.initial_seed() & _MASK, True
     chosen = os.environ.get("PL_GLOBAL_SEED")
-    sampler_seed = getattr(getattr(loader, "sampler", None), "seed", None)
+    sampler_seed = getattr(sampler, "seed", None)
     if isinstance(sampler_seed, int):  # DistributedSampler: Lightning seeds it from PL_GLOBAL_SEED, else with 0
         return sampler_seed & _MASK, chosen is not None or sampler_seed != 0
     return (int(chosen), True) if chosen is not None else (torch.initial_seed() & _MASK, False)
