@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.register_assert_rewrite("tests.chained_runs", "tests.conformance", "tests.simulated_ranks")  # theirs, too
 torch.set_num_threads(1)  # the machines of the tests share few cores, and one thread reduces in one order
 hypothesis.settings.register_profile("shared-cores", deadline=None)  # how long one example takes is the machine's doing
 hypothesis.settings.load_profile("shared-cores")

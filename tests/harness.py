@@ -1,6 +1,6 @@
 """Launches ranks that share one start-up: a zygote has imported everything, and forks every rank of every launch.
 
-A launch is ``world_size`` ranks that run one function of :mod:`tests.runs` in the environment that torchrun would give
+A launch is ``world_size`` ranks that run one function, mostly of :mod:`tests.runs`, in the environment that torchrun would give
 them. The ranks of a launch, their supervisor and their loaders' workers are one process group: when the launch ends,
 however it ends, what is left of the group is killed.
 """
@@ -43,7 +43,10 @@ class LaunchError(AssertionError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One start of a training run: ``function`` is a name in :mod:`tests.runs`, called with ``arguments``."""
+    """One start of a training run: ``function`` is called with ``arguments``.
+
+    It is a name in :mod:`tests.runs`, or in another module, ``module:name``.
+    """
 
     function: str
     arguments: dict[str, Any]
@@ -252,7 +255,8 @@ def _run_rank(launch: Launch, rank: int, port: int, telling: int) -> None:
     with warnings.catch_warnings():
         for arguments in _warning_filters():
             warnings.filterwarnings(*arguments)
-        getattr(importlib.import_module(RUNS), launch.function)(folder=launch.folder, **launch.arguments)
+        module, _, name = launch.function.rpartition(":")
+        getattr(importlib.import_module(module or RUNS), name)(folder=launch.folder, **launch.arguments)
     _check_threads()
 
 
@@ -293,6 +297,15 @@ def die() -> NoReturn:
     os.write(_telling, b"k")
     threading.Event().wait()
     raise AssertionError("unreachable")
+
+
+def die_after(seconds: float) -> None:
+    """Called in a rank: as :func:`die`, so many seconds later, wherever it is by then."""
+    assert _telling is not None, "only a rank of a launch can be killed"
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.write(_telling, b"k")
+        os._exit(0)
 
 
 def _exit_after(work: Callable[[], None]) -> NoReturn:
