@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_resume.data.position import Resumable, merged
+from lightning_resume.data.position import Resumable
+from lightning_resume.data.scenarios import merged
 
 _NOTHING = object()
 

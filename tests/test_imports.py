@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_resume"
 # From the bottom up: a unit may import what lies below it, its own modules, and its neighbours as long as these do not
 # import it. A unit is a module or a package, named within lightning_resume.
 LAYERS = [
-    {"errors", "_distributed", "data.order"},
+    {"errors", "_distributed", "_fork", "data.order"},
     {"state"},
     {"data", "checkpoint"},
     {"saving", "loading", "candidates", "run", "run_folder", "manager", "verification", "export", "proof"},

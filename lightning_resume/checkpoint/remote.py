@@ -21,7 +21,10 @@ from uuid import uuid4
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
+from lightning_resume import _fork
 from lightning_resume.errors import MissingPackageError, StorageError
+
+_fork.keep_filesystems()
 
 PART_BYTES = 2**25
 """What is sent or asked for at once; S3 takes at most 10,000 parts, so files of up to 312 GiB."""

@@ -13,9 +13,12 @@ import fsspec
 import xxhash
 from fsspec.core import has_magic
 
+from lightning_resume import _fork
 from lightning_resume.errors import MissingPackageError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_fork.keep_filesystems()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,15 +36,17 @@ class Files:
     Opened through a filesystem that each process makes for itself: connections do not survive a fork.
     """
 
+    given: str
+    """One of the paths as they were given: it names the filesystem, and its host."""
     root: str
-    """The folder that all lie in, with the protocol."""
+    """The folder that all lie in, as the filesystem calls it."""
     shards: tuple[Shard, ...]
     storage_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def open(self, index: int, **options: Any) -> Any:
         """The file, open for reading bytes; ``options`` go to the filesystem's ``open``."""
-        filesystem, root = fsspec.url_to_fs(self.root, **self.storage_options)
-        return filesystem.open(posixpath.join(root, self.shards[index].path), "rb", **options)
+        filesystem, _ = fsspec.url_to_fs(self.given, **self.storage_options)
+        return filesystem.open(posixpath.join(self.root, self.shards[index].path), "rb", **options)
 
     def url(self, index: int) -> str:
         """What to call the file in a message."""
@@ -87,7 +92,7 @@ def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Ma
     filesystem = next(iter(filesystems.values()))
     root = posixpath.commonpath([posixpath.dirname(name) for name, _ in found])
     shards = tuple(Shard(path=posixpath.relpath(name, root or "."), size=size) for name, size in found)
-    return Files(root=filesystem.unstrip_protocol(root), shards=shards, storage_options=options)
+    return Files(given=os.fspath(given[0]), root=root, shards=shards, storage_options=options)
 
 
 def _filesystem(path: str, options: Mapping[str, Any]) -> tuple[Any, str]:
