@@ -60,7 +60,7 @@ class Journal:
 
     def __init__(self, path: str, rank: int, resumed_from: int) -> None:
         # line by line, so that what is written is written whatever kills the process
-        self.file = open(f"{path}.rank{rank}.jsonl", "a", buffering=1)
+        self.file = open(f"{path}.rank{rank}.jsonl", "a", buffering=1)  # noqa: SIM115
         self.arrived_at = 0.0
         self.write(resumed_from=resumed_from, time=time.time())
 
