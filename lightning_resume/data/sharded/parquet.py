@@ -31,6 +31,9 @@ class Parquet:
     name = "parquet"
     suffixes = (".parquet", ".pq")
 
+    def __init__(self) -> None:
+        _pyarrow_parquet()  # here, so that worker processes that are forked have it, and that its lack is told at once
+
     def measure(self, files: Files) -> Table:
         """Reads all footers."""
         parquet = _pyarrow_parquet()
@@ -70,12 +73,12 @@ class UnitReader:
         parts, places = [], []
         for unit in dict.fromkeys(units.tolist()):
             here = np.flatnonzero(units == unit)
-            parts.append(self._unit(unit).take(rows[here] - self._table.first_row[unit]))
+            parts.append(self._unit(unit).take(_indices(rows[here] - self._table.first_row[unit])))
             places.append(here)
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(places), kind="stable")
-        return pa.concat_tables(parts).take(back)
+        return pa.concat_tables(parts).take(_indices(back))
 
     def _unit(self, unit: int) -> pa.Table:
         if self._process != os.getpid():  # forked: what the parent opened is the parent's
@@ -124,6 +127,13 @@ class UnitReader:
         return file
 
 
+def _indices(rows: Rows) -> Any:
+    """The rows as Arrow takes them; given as NumPy's, they make it import pandas, in every worker process."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+
+
 def to_batch(table: pa.Table, output: Output) -> Any:
     """A batch of columns: ``{name: values}``, or the table itself."""
     if output is Output.ARROW:
@@ -152,8 +162,10 @@ def _numbers(array: Any) -> Any:
     kind = array.type
     if array.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         return None
-    numbers = array.to_numpy(zero_copy_only=False)
-    return numbers if numbers.flags.writeable else numbers.copy()  # Arrow's memory is not to be written to
+    # not array.to_numpy(), which imports pandas: in every worker process, at its first batch
+    if pa.types.is_boolean(kind):
+        return np.from_dlpack(array.cast(pa.uint8())).astype(np.bool_)
+    return np.from_dlpack(array).copy()  # Arrow's memory is not to be written to
 
 
 def _lists(array: Any, output: Output) -> Any:
