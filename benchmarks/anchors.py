@@ -1,0 +1,317 @@
+"""Ways to read the same rows and to go on after a stop: ours, and those that people use today.
+
+A :class:`Way` is one line of the benchmark's table; to add one, add it to :func:`ways`. Everything a way imports beyond
+what we need ourselves is imported inside it, so that a way whose package is missing is left out.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib.util
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from lightning_resume import ShardedDataset, make_resumable
+
+SEED = 5
+TEXT = 80
+"""Characters of a row's text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The rows: ``id``, counted from 0 over all files, and ``text``; as parquet, and as what others read."""
+
+    folder: Path
+    rows: int
+    batch_size: int
+
+    @property
+    def parquet(self) -> Path:
+        return self.folder / "parquet"
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(map(str, self.parquet.glob("*.parquet")))
+
+    @property
+    def arrow(self) -> Path:
+        """One memory-mapped file, for map-style datasets."""
+        return self.folder / "rows.arrow"
+
+
+def write_data(data: Data, *, files: int, row_group: int) -> None:
+    data.parquet.mkdir(parents=True)
+    schema = pa.schema({"id": pa.int64(), "text": pa.string()})
+    with pa.OSFile(str(data.arrow), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        edges = [data.rows * n // files for n in range(files + 1)]
+        for number, (first, end) in enumerate(itertools.pairwise(edges)):
+            texts = [f"{row:0{TEXT}x}" for row in range(first, end)]
+            table = pa.table([range(first, end), texts], schema=schema)
+            pq.write_table(table, data.parquet / f"part-{number:03d}.parquet", row_group_size=row_group)
+            writer.write_table(table, max_chunksize=row_group)
+
+
+class Way(abc.ABC):
+    """One way to read an epoch in batches, to save the position, and to go on from it."""
+
+    name: str
+    package: str | None = None
+    """What has to be installed."""
+    remark = ""
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    def prepare(self, data: Data) -> None:
+        """Writes the rows in the format of this way; not measured."""
+
+    @abc.abstractmethod
+    def open(self, data: Data, state: Any = None) -> Any:
+        """A loader, which goes on from ``state``; all that this takes is measured."""
+
+    def state(self, loader: Any, batches: int) -> Any:
+        """The position after so many batches."""
+        return loader.state_dict()
+
+    def ids(self, batch: Any) -> list[int]:
+        return list(batch["id"].tolist())
+
+
+def loaded(loader: Any, state: Any) -> Any:
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader
+
+
+# -- ours
+
+
+class Sharded(Way):
+    """Our dataset of parquet files, shuffled."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.name = f"ShardedDataset, parquet, {workers} workers"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        loader, _ = ShardedDataset.create_dataloader(
+            str(data.parquet), batch_size=data.batch_size, shuffle=True, seed=SEED, num_workers=self.workers
+        )
+        return loaded(loader, state)
+
+
+class Elastic(Way):
+    """Our order of a map-style dataset."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.name = f"make_resumable, map-style, {workers} workers"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        loader = DataLoader(MapRows(data), data.batch_size, shuffle=True, num_workers=self.workers)
+        return loaded(make_resumable(loader, seed=SEED), state)
+
+
+# -- what torch and torchdata offer
+
+
+class MapRows(Dataset[Any]):
+    """Rows by number, from a memory-mapped file."""
+
+    def __init__(self, data: Data) -> None:
+        self.path, self.rows = str(data.arrow), data.rows
+        self._table: Any = None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Any]:
+        if self._table is None:
+            self._table = pa.ipc.open_file(pa.memory_map(self.path)).read_all()
+        return list(self._table.take(pa.array(rows)).to_pylist())
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])[0]
+
+
+class StreamRows(IterableDataset[Any]):
+    """Rows as they come from the parquet files, which are divided among workers; without a state."""
+
+    def __init__(self, data: Data) -> None:
+        self.files = data.files
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        for file in self.files if worker is None else self.files[worker.id :: worker.num_workers]:
+            for batch in pq.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+class Skipping(Way):
+    """What one does without any help: the batches are read again and thrown away."""
+
+    name = "DataLoader + skipping, map-style, 0 workers"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        loader = DataLoader(MapRows(data), data.batch_size, shuffle=True, generator=seeded())
+        return itertools.islice(loader, state or 0, None)
+
+    def state(self, loader: Any, batches: int) -> Any:
+        return batches
+
+
+class StatefulMap(Way):
+    package = "torchdata"
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.name = f"StatefulDataLoader, map-style, {workers} workers"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        options: dict[str, Any] = {"num_workers": self.workers, "shuffle": True, "generator": seeded()}
+        return loaded(StatefulDataLoader(MapRows(data), data.batch_size, **options), state)
+
+
+class StatefulStream(Way):
+    package = "torchdata"
+    remark = "not shuffled"
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.name = f"StatefulDataLoader, stateless iterable, {workers} workers"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        return loaded(StatefulDataLoader(StreamRows(data), data.batch_size, num_workers=self.workers), state)
+
+
+class Arrow(Way):
+    """Nothing but pyarrow: how fast rows can come; it cannot go on."""
+
+    name = "pyarrow iter_batches"
+    remark = "not shuffled, cannot resume"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        if state is not None:
+            raise NotImplementedError
+        return (batch for file in data.files for batch in pq.ParquetFile(file).iter_batches(batch_size=data.batch_size))
+
+    def state(self, loader: Any, batches: int) -> Any:
+        return None
+
+    def ids(self, batch: Any) -> list[int]:
+        return list(batch.column("id").to_pylist())
+
+
+# -- packages that read files of their own, or parquet
+
+
+class HuggingFace(Way):
+    """``datasets``, streaming from the same parquet files, in torch's DataLoader."""
+
+    package = "datasets"
+
+    def __init__(self, *, shuffle: bool) -> None:
+        self.shuffle = shuffle
+        self.name = f"Hugging Face iterable{', shuffle()' if shuffle else ''}, 0 workers"
+        self.remark = "" if shuffle else "not shuffled"
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        import datasets
+
+        cache = str(data.folder / "huggingface")
+        rows = datasets.load_dataset(
+            "parquet", data_files=data.files, split="train", streaming=True, cache_dir=cache
+        ).select_columns(["id", "text"])
+        if self.shuffle:
+            rows = rows.shuffle(seed=SEED, buffer_size=1000)
+        return DataLoader(loaded(rows, state), data.batch_size)
+
+    def state(self, loader: Any, batches: int) -> Any:
+        return loader.dataset.state_dict()
+
+
+class Mosaic(Way):
+    package = "streaming"
+    name = "MosaicML Streaming, 0 workers"
+    remark = "rows in its own format"
+
+    def folder(self, data: Data) -> Path:
+        return data.folder / "mosaic"
+
+    def prepare(self, data: Data) -> None:
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(self.folder(data)), columns={"id": "int", "text": "str"}) as writer:
+            for row in StreamRows(data):
+                writer.write(row)
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        from streaming import StreamingDataLoader, StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
+
+        clean_stale_shared_memory()
+        rows = StreamingDataset(
+            local=str(self.folder(data)), shuffle=True, shuffle_seed=SEED, batch_size=data.batch_size
+        )
+        return loaded(StreamingDataLoader(rows, batch_size=data.batch_size), state)
+
+
+class LitData(Way):
+    package = "litdata"
+    name = "LitData, 0 workers"
+    remark = "rows in its own format"
+
+    def folder(self, data: Data) -> Path:
+        return data.folder / "litdata"
+
+    def prepare(self, data: Data) -> None:
+        from litdata.streaming.writer import BinaryWriter
+
+        writer = BinaryWriter(str(self.folder(data)), chunk_bytes=16 << 20)
+        for number, row in enumerate(StreamRows(data)):
+            writer[number] = row
+        writer.done()
+        writer.merge()
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        from litdata import StreamingDataLoader, StreamingDataset
+
+        rows = StreamingDataset(str(self.folder(data)), shuffle=True, seed=SEED)
+        return loaded(StreamingDataLoader(rows, batch_size=data.batch_size), state)
+
+
+def ways() -> list[Way]:
+    """All lines of the table; the first is what the others are compared with."""
+    return [
+        Sharded(0),
+        Sharded(2),
+        Elastic(0),
+        Skipping(),
+        StatefulMap(0),
+        StatefulMap(2),
+        StatefulStream(0),
+        StatefulStream(2),
+        HuggingFace(shuffle=False),
+        HuggingFace(shuffle=True),
+        Mosaic(),
+        LitData(),
+        Arrow(),
+    ]
