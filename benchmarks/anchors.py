@@ -51,13 +51,13 @@ class Data:
 def write_data(data: Data, *, files: int, row_group: int) -> None:
     data.parquet.mkdir(parents=True)
     schema = pa.schema({"id": pa.int64(), "text": pa.string()})
+    table = pa.table([range(data.rows), [f"{row:0{TEXT}x}" for row in range(data.rows)]], schema=schema)
     with pa.OSFile(str(data.arrow), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        edges = [data.rows * n // files for n in range(files + 1)]
-        for number, (first, end) in enumerate(itertools.pairwise(edges)):
-            texts = [f"{row:0{TEXT}x}" for row in range(first, end)]
-            table = pa.table([range(first, end), texts], schema=schema)
-            pq.write_table(table, data.parquet / f"part-{number:03d}.parquet", row_group_size=row_group)
-            writer.write_table(table, max_chunksize=row_group)
+        writer.write_table(table)  # in one piece, which is the fastest to take single rows from
+    edges = [data.rows * n // files for n in range(files + 1)]
+    for number, (first, end) in enumerate(itertools.pairwise(edges)):
+        part = table.slice(first, end - first)
+        pq.write_table(part, data.parquet / f"part-{number:03d}.parquet", row_group_size=row_group)
 
 
 class Way(abc.ABC):
