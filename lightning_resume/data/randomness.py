@@ -13,12 +13,13 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
+from lightning_resume.data.sample_rng import Key, making, now_making
 from lightning_resume.state import rng
 
 
@@ -27,7 +28,7 @@ class Request(NamedTuple):
 
     index: Any
     epoch: int
-    key: int
+    key: Any
 
 
 def keyed_seed(*parts: object) -> int:
@@ -44,31 +45,61 @@ class KeyedDataset(Dataset[Any]):
         self.batch_key = 0  # read by KeyedCollate in the same process, after the samples of a batch were fetched
 
     def __getitem__(self, request: Request) -> Any:
-        self.batch_key = keyed_seed("batch", self.seed, request.epoch, request.key)
-        return self._sample(request)
-
-    def _sample(self, request: Request) -> Any:
-        self._seed(request)
-        return self.dataset[request.index]
-
-    def _seed(self, request: Request) -> None:
-        rng.seed_all(keyed_seed("sample", self.seed, request.epoch, request.key))
+        with making():
+            self._seeds([request])(0)
+            sample = self.dataset[request.index]
+        self._fetched(request)
+        return sample
 
     def __getitems__(self, requests: Sequence[Request]) -> Any:
-        fetch_keyed = getattr(self.dataset, "fetch_keyed", None)
-        if callable(fetch_keyed):  # our own: fetches the batch at once, and asks for each sample's random numbers
-            samples = fetch_keyed([request.index for request in requests], lambda n: self._seed(requests[n]))
-        elif self._fetches_batches():
-            rng.seed_all(keyed_seed("sample", self.seed, requests[0].epoch, requests[0].key))
-            samples = self.dataset.__getitems__([request.index for request in requests])
-        else:
-            samples = [self._sample(request) for request in requests]
-        self.batch_key = keyed_seed("batch", self.seed, requests[0].epoch, requests[0].key)
+        with making():
+            samples = fetch(self.dataset, [request.index for request in requests], self._seeds(requests))
+        self._fetched(requests[0])
         return samples
 
-    def _fetches_batches(self) -> bool:
-        # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
-        return not isinstance(self.dataset, Subset) and bool(getattr(self.dataset, "__getitems__", None))
+    def _seeds(self, requests: Sequence[Request]) -> SampleSeeds:
+        return SampleSeeds([("sample", self.seed, request.epoch, request.key) for request in requests])
+
+    def _fetched(self, first: Request) -> None:
+        self.batch_key = keyed_seed("batch", self.seed, first.epoch, first.key)
+
+
+@final
+class SampleSeeds:
+    """Seeds the random number generators for the n-th of some samples, when it is called."""
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self._keys = keys
+
+    def __call__(self, n: int) -> None:
+        key = self._keys[n]
+        rng.seed_all(keyed_seed(*key))
+        now_making(key, [key])
+
+    def batch(self) -> None:
+        """Seeds them for all samples at once, by the first."""
+        rng.seed_all(keyed_seed(*self._keys[0]))
+        now_making(("samples", *self._keys[0]), self._keys)
+
+    def part(self, numbers: Sequence[int]) -> SampleSeeds:
+        """The seeds of some of the samples."""
+        return SampleSeeds([self._keys[n] for n in numbers])
+
+
+def fetch(dataset: Any, indices: Sequence[Any], seeds: SampleSeeds) -> Any:
+    """The samples at ``indices`` of any dataset, with the random numbers that ``seeds`` gives each of them."""
+    fetch_keyed = getattr(dataset, "fetch_keyed", None)
+    if callable(fetch_keyed):  # our own: fetches the batch at once, and asks for each sample's random numbers
+        return fetch_keyed(indices, seeds)
+    # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
+    if getattr(dataset, "__getitems__", None) and not isinstance(dataset, Subset):
+        seeds.batch()
+        return dataset.__getitems__(list(indices))
+    samples = []
+    for n, index in enumerate(indices):
+        seeds(n)
+        samples.append(dataset[index])
+    return samples
 
 
 class KeyedCollate:
@@ -79,7 +110,9 @@ class KeyedCollate:
 
     def __call__(self, samples: Any) -> Any:
         rng.seed_all(self.dataset.batch_key)
-        return self.collate_fn(samples)
+        with making():
+            now_making(("collate", self.dataset.batch_key))
+            return self.collate_fn(samples)
 
 
 class EpochCell:
@@ -149,15 +182,20 @@ class KeyedIterator(Iterator[Any]):
         self.owner, self.count = owner, 0
         info = get_worker_info()
         self.worker = 0 if info is None else info.id
-        rng.seed_all(keyed_seed("iter", owner.seed, int(owner.epoch), self.worker))
-        self.inner: Any = iter(owner.dataset)
+        key = ("iter", owner.seed, int(owner.epoch), self.worker)
+        rng.seed_all(keyed_seed(*key))
+        with making():
+            now_making(key)
+            self.inner: Any = iter(owner.dataset)
 
     def __next__(self) -> Any:
         self.count += 1
         key = ("item", self.owner.seed, int(self.owner.epoch), self.worker, self.count)
         self.owner.batch_key = keyed_seed("batch", *key)
         rng.seed_all(keyed_seed(*key))
-        return next(self.inner)
+        with making():
+            now_making(key)
+            return next(self.inner)
 
 
 class StatefulKeyedIterator(KeyedIterator):
