@@ -5,8 +5,10 @@ from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, 
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.registry import register_adapter
 from lightning_resume.data.capabilities import Capabilities
+from lightning_resume.data.mixture import Mixture
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
+from lightning_resume.data.sample_rng import sample_rng
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
 from lightning_resume.data.sharded.dataset import ShardedDataset
 from lightning_resume.errors import (
@@ -60,6 +62,7 @@ __all__ = [
     "KeepLast",
     "LoaderAdapter",
     "MissingPackageError",
+    "Mixture",
     "NonFiniteWarning",
     "OutOfStepError",
     "RankLostError",
@@ -85,5 +88,6 @@ __all__ = [
     "make_resumable",
     "prune",
     "register_adapter",
+    "sample_rng",
     "verify",
 ]

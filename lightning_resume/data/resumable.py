@@ -119,7 +119,7 @@ def _elastic(
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     """The order that all ranks share, of which each takes its part."""
     own_order = getattr(loader.dataset, "order_source", None)
-    if callable(own_order) and (_is_stock(sampler, *_OF_TORCH) or _asks_to_share(sampler)):
+    if callable(own_order) and (_takes_all_once(sampler, loader) or _asks_to_share(sampler)):
         return own_order(shuffle=_shuffles(sampler))  # type: ignore[no-any-return]
     if _is_stock(sampler, DistributedSampler):
         return Permuted(_length(loader), shuffle=sampler.shuffle)
@@ -127,12 +127,18 @@ def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
         return _shared_source(loader, sampler.dataset._sampler, key)  # type: ignore[attr-defined]
     if _is_stock(sampler, SequentialSampler):
         return Permuted(_length(loader), shuffle=False)
-    if _is_stock(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == _length(loader):
+    if _is_stock(sampler, RandomSampler) and _takes_all_once(sampler, loader):
         return Permuted(_length(loader), shuffle=True)
     return _replayed(sampler, key)
 
 
-_OF_TORCH = (DistributedSampler, SequentialSampler, RandomSampler)
+def _takes_all_once(sampler: Any, loader: DataLoader[Any]) -> bool:
+    """Whether ``sampler`` is one of torch's that give every sample once an epoch."""
+    if _is_stock(sampler, RandomSampler):
+        # its length may take reading: asked for only where the user has chosen a number
+        chosen = sampler._num_samples
+        return not sampler.replacement and (chosen is None or chosen == _length(loader))
+    return _is_stock(sampler, DistributedSampler, SequentialSampler)
 
 
 def _shuffles(sampler: object) -> bool:
