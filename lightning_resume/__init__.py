@@ -11,6 +11,7 @@ from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.sample_rng import sample_rng
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
 from lightning_resume.data.sharded.dataset import ShardedDataset
+from lightning_resume.data.weighted import WeightedSampler
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -83,6 +84,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsafeResumeWarning",
     "Verification",
+    "WeightedSampler",
     "consolidate",
     "list_checkpoints",
     "make_resumable",

@@ -24,6 +24,7 @@ from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, en
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
 from lightning_resume.data.stream import ResumableIterable, StreamLoader
+from lightning_resume.data.weighted import WeightedSampler
 
 
 def make_resumable(
@@ -83,16 +84,15 @@ def _elastic(
 ) -> ElasticLoader:
     key, explicit = _seed(loader, seed)
     custom_batches = loader.batch_sampler is not None and not _is_stock(loader.batch_sampler, BatchSampler)
-    sampler = loader.batch_sampler if custom_batches else loader.sampler
-    assert sampler is not None
+    sampler, batch_size = _sampling(loader)
     # what each rank draws for itself can only be gone on with by that rank: it is an order of its own
     own = custom_batches or (world_size > 1 and not shared and not _is_shared(sampler))
     source: Source = _replayed(sampler, key) if own else _shared_source(loader, sampler, key)
     if custom_batches:
         source = BatchRequests(source)
-    share = Share(rank=rank, world_size=world_size, batch_size=loader.batch_size or 1)
+    share = Share(rank=rank, world_size=world_size, batch_size=batch_size)
     if own:
-        share = Share(batch_size=1 if custom_batches else share.batch_size)
+        share = Share(batch_size=batch_size)
     if not source.lazy:
         enough_for_all(source.length, share.world_size)
     elastic: ElasticLoader = _stand_in(ElasticLoader, loader)
@@ -116,11 +116,23 @@ def _elastic(
     return elastic
 
 
+def _sampling(loader: DataLoader[Any]) -> tuple[Any, int]:
+    """What decides on the order, and how many samples (or custom batches) of it a batch takes."""
+    if loader.batch_sampler is None:
+        return loader.sampler, 1
+    if not _is_stock(loader.batch_sampler, BatchSampler):
+        return loader.batch_sampler, 1
+    # not the loader's own: of one that is given a batch sampler, sampler and batch_size mean nothing
+    return loader.batch_sampler.sampler, loader.batch_sampler.batch_size
+
+
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
     """The order that all ranks share, of which each takes its part."""
     own_order = getattr(loader.dataset, "order_source", None)
     if callable(own_order) and (_takes_all_once(sampler, loader) or _asks_to_share(sampler)):
         return own_order(shuffle=_shuffles(sampler))  # type: ignore[no-any-return]
+    if isinstance(sampler, WeightedSampler):
+        return sampler.order_source()
     if _is_stock(sampler, DistributedSampler):
         return Permuted(_length(loader), shuffle=sampler.shuffle)
     if isinstance(sampler, DistributedSampler):  # Lightning's wrapper of the user's own sampler
