@@ -139,9 +139,7 @@ class LoaderConformance:
         return run
 
     def over(self, run: Ranks, epochs: int | None = None) -> bool:
-        return run.ended >= (self.epochs if epochs is None else epochs) or (
-            self.length is None and run.taken >= self.endless_steps
-        )
+        return run.ended >= (self.epochs if epochs is None else epochs) or (self.length is None and run.taken >= self.endless_steps)
 
     def steps(self, run: Ranks, epochs: int | None = None) -> Iterator[tuple[int, list[Any] | None]]:
         """The rest of the run: the epoch and the batches of each step, and ``None`` at the end of each epoch."""

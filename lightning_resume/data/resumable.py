@@ -118,12 +118,13 @@ def _elastic(
 
 def _sampling(loader: DataLoader[Any]) -> tuple[Any, int]:
     """What decides on the order, and how many samples (or custom batches) of it a batch takes."""
-    if loader.batch_sampler is None:
+    batches: Any = loader.batch_sampler
+    if batches is None:
         return loader.sampler, 1
-    if not _is_stock(loader.batch_sampler, BatchSampler):
-        return loader.batch_sampler, 1
+    if not _is_stock(batches, BatchSampler):
+        return batches, 1
     # not the loader's own: of one that is given a batch sampler, sampler and batch_size mean nothing
-    return loader.batch_sampler.sampler, loader.batch_sampler.batch_size
+    return batches.sampler, batches.batch_size
 
 
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
