@@ -11,6 +11,7 @@ from lightning_resume import _distributed
 from lightning_resume.data import order
 from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.data.resumable import make_resumable
+from lightning_resume.data.sharded import create_streamed
 from lightning_resume.data.sharded.dataset import Options, ShardedDataset
 from lightning_resume.data.sharded.files import Paths, list_files
 from lightning_resume.data.sharded.indexed import ColumnCollate, IndexedDataset, OwnOrder
@@ -34,7 +35,16 @@ def create(
     if format in _INDEXED and options.filter is None and group is None:
         dataset = indexed_dataset(path, format=format, options=options, storage_options=storage_options)
         return _indexed(dataset, options, share=share, tail=tail, **dataloader_options)
-    raise ValueError(f"format is {format!r}; pass one of {sorted(_INDEXED)}.")
+    return create_streamed.create(
+        path,
+        format=format,
+        options=options,
+        group=group,
+        share=share,
+        tail=tail,
+        storage_options=storage_options,
+        **dataloader_options,
+    )
 
 
 def indexed_dataset(

@@ -1,0 +1,1 @@
+"""Kinds of files that are read as streams of records."""
