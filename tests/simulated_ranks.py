@@ -13,7 +13,7 @@ import torch
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.scenarios import merged
 
-_NOTHING = object()
+NOTHING = object()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class Ranks:
     def step(self) -> list[Any] | None:
         """The next batch of every rank, ``None`` at the end of the epoch, after which the next one begins."""
         self._open = self._open or [iter(loader) for loader in self.loaders]
-        batches = [next(batches, _NOTHING) for batches in self._open]
-        ended = [batch is _NOTHING for batch in batches]
+        batches = self._next()
+        ended = [batch is NOTHING for batch in batches]
         assert all(ended) or not any(ended), f"some ranks have ended the epoch, others wait in a collective: {ended}"
         if all(ended):
             self.ended += 1
@@ -71,6 +71,9 @@ class Ranks:
             return None
         self.taken += 1
         return batches
+
+    def _next(self) -> list[Any]:
+        return [next(batches, NOTHING) for batches in self._open]
 
     def point(self, behind: int = 0) -> Point:
         """Where the run is, or was so many batches ago."""

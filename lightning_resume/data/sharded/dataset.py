@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ class ShardedDataset:
 
     def __init__(self, files: Files, options: Options) -> None:
         self.files, self.options = files, options
-        self._loader: Resumable | None = None
+        self._loader: Callable[[], Resumable | None] = _nobody
 
     @classmethod
     def create_dataloader(
@@ -202,7 +203,8 @@ class ShardedDataset:
 
     def bind(self, loader: Resumable) -> None:
         """Says which loader iterates over this dataset."""
-        self._loader = loader
+        # weak, so that a dropped loader takes its workers with it at once
+        self._loader = weakref.ref(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position, after the last batch that the loader gave."""
@@ -230,9 +232,14 @@ class ShardedDataset:
         return self.files.fingerprint
 
     def _bound(self) -> Resumable:
-        if self._loader is None:
+        loader = self._loader()
+        if loader is None:
             raise RuntimeError(_NOT_BOUND)
-        return self._loader
+        return loader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loader": None}  # a worker has no use for it, and it cannot be sent
+        return {**self.__dict__, "_loader": _nobody}  # a worker has no use for it, and it cannot be sent
+
+
+def _nobody() -> None:
+    """Stands for the loader of a dataset that has none."""

@@ -65,6 +65,8 @@ class Session:
         self._processes, self._tell, self._share, self._peers, self._ahead = processes, tell, share, peers, ahead
         self.left: list[Lane] = []
         """After the end: the lanes of which something is left, too little for a step."""
+        self.read_by_all: Changes = {}
+        """The lanes of the tail where it began."""
 
     def batches(self, mine: Mapping[Lane, Cursor], waiting: Mapping[Lane, Cursor]) -> Iterator[Taken]:
         """All batches that are left.
@@ -85,6 +87,7 @@ class Session:
     def tail(self, lanes: Mapping[Lane, Cursor]) -> Iterator[Taken]:
         """The part of this rank in all that is left of ``lanes``."""
         everything = {lane: cursor._replace(turns=IN_TAIL) for lane, cursor in lanes.items()}
+        self.read_by_all = everything
         self._start(
             [everything] * self._processes.count,
             tail=True,

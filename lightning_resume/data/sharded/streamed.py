@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_resume import _distributed
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
+from lightning_resume.data.scenarios import merged
 from lightning_resume.data.sharded.columns import Columns
 from lightning_resume.data.sharded.dataset import Output
 from lightning_resume.data.sharded.grouping import Group, Samples
@@ -190,7 +191,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
             if self._processes is not None and iteration is self._iteration:
                 self._processes.rest()
         if iteration is self._iteration:
-            self._finish(session.left)
+            self._finish(session)
 
     def _session(self) -> Session:
         peers = self._peers()
@@ -210,15 +211,15 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self._undo.append({lane: self._now.get(lane) for lane in changes})
         self._now.update(changes)
 
-    def _finish(self, left: Sequence[Lane]) -> None:
+    def _finish(self, session: Session) -> None:
         """Notes that the epoch is over, and of which lanes something is to be taken up by the next."""
         before: dict[Lane, Cursor | None] = {}
-        for lane, cursor in list(self._now.items()):
-            before[lane] = cursor
-            if lane in left and not self.drop_last:
+        for lane, cursor in {**session.read_by_all, **self._now}.items():
+            before[lane] = self._now.get(lane)
+            if lane in session.left and not self.drop_last:
                 self._now[lane] = cursor._replace(turns=LEFT)
             elif lane.epoch < self._epoch:
-                del self._now[lane]
+                self._now.pop(lane, None)
             else:
                 self._now[lane] = cursor._replace(turns=OVER)
         if self._undo:
@@ -276,12 +277,13 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
     def _facts(self) -> dict[str, Any]:
         return {**self._source.facts(), "group": self._group.name, "drop_last": self.drop_last}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], strict: bool | None = None
+    ) -> None:
         """Goes on from ``state_dict``: this rank's at the same world size, or, at any, a list of those of all ranks."""
         if isinstance(state_dict, Sequence):
-            lanes = {name: plain for state in state_dict for name, plain in state["lanes"].items()}
-            state_dict = {**state_dict[0], "lanes": lanes}
-        super().load_state_dict(state_dict)
+            state_dict = merged(state_dict)
+        super().load_state_dict(state_dict, strict)
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         super().check(state_dict)
