@@ -11,6 +11,7 @@ from lightning_resume.data.resumable import make_resumable
 from lightning_resume.data.sample_rng import sample_rng
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
 from lightning_resume.data.sharded.dataset import ShardedDataset
+from lightning_resume.data.sharded.grouping import BatchByLength, Packing
 from lightning_resume.data.weighted import WeightedSampler
 from lightning_resume.errors import (
     CheckpointCorruptError,
@@ -46,6 +47,7 @@ from lightning_resume.verification import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchByLength",
     "Capabilities",
     "CheckpointCorruptError",
     "CheckpointIncompleteError",
@@ -66,6 +68,7 @@ __all__ = [
     "Mixture",
     "NonFiniteWarning",
     "OutOfStepError",
+    "Packing",
     "RankLostError",
     "ReplicaMismatchError",
     "ResumableDDPStrategy",
