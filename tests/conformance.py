@@ -139,7 +139,9 @@ class LoaderConformance:
         return run
 
     def over(self, run: Ranks, epochs: int | None = None) -> bool:
-        return run.ended >= (self.epochs if epochs is None else epochs) or (self.length is None and run.taken >= self.endless_steps)
+        return run.ended >= (self.epochs if epochs is None else epochs) or (
+            self.length is None and run.taken >= self.endless_steps
+        )
 
     def steps(self, run: Ranks, epochs: int | None = None) -> Iterator[tuple[int, list[Any] | None]]:
         """The rest of the run: the epoch and the batches of each step, and ``None`` at the end of each epoch."""
@@ -213,6 +215,19 @@ class LoaderConformance:
             disturbed += [] if batches is None else [(epoch, list(map(self.content, batches)))]
             draw()
         assert disturbed == whole
+
+    def test_set_epoch_before_each_epoch_changes_nothing(self, folder: Path) -> None:
+        whole, _ = self.record(ALONE, folder)
+        run = self.begun(ALONE, folder)
+        told = []
+        while not self.over(run):
+            if len(told) == run.ended:
+                told.append(run.ended)
+                run.loaders[0].set_epoch(run.ended)
+            epoch, batches = run.ended, run.step()
+            told_of = [] if batches is None else [(epoch, list(map(self.content, batches)))]
+            assert told_of == whole[run.taken - len(told_of) : run.taken]
+        assert run.taken == len(whole)
 
     # -- a resume at the same topology is exact
 
@@ -385,13 +400,24 @@ class LoaderConformance:
     def test_a_chain_of_changes_with_workers_keeps_what_is_declared(
         self, folder: Path, capabilities: Capabilities
     ) -> None:
-        most, least, world_size = max(self.workers), min(self.workers), self.world_sizes[-1]
+        most, least, world_size = max(self.workers), min(self.workers), max(self.world_sizes)
+        sizes = self.batch_sizes
         legs = [
-            Leg(topology=Topology(world_size=min(2, world_size), num_workers=most), steps=1),
-            Leg(topology=Topology(world_size=1, num_workers=least, batch_size=self.batch_sizes[-1]), steps=0),
-            Leg(topology=Topology(world_size=world_size, num_workers=least, batch_size=1), steps=1),
-            Leg(topology=Topology(world_size=1, num_workers=most), steps=1),
+            Leg(topology=Topology(world_size=min(2, world_size), num_workers=most, batch_size=sizes[0]), steps=1),
+            Leg(topology=Topology(world_size=1, num_workers=least, batch_size=sizes[-1]), steps=0),
+            Leg(topology=Topology(world_size=world_size, num_workers=least, batch_size=min(sizes)), steps=1),
+            Leg(topology=Topology(world_size=1, num_workers=most, batch_size=sizes[0]), steps=1),
         ]
+        self._check_chain(allowed(legs, capabilities), capabilities, folder)
+
+    def test_samples_too_few_for_all_ranks_are_not_lost_by_another_topology(
+        self, folder: Path, capabilities: Capabilities
+    ) -> None:
+        """An epoch that one world size has ended would have had a step left for another."""
+        length, world_size = self.length or 0, max(self.world_sizes)
+        size = next((size for size in self.batch_sizes if 0 < length % size < world_size), self.batch_sizes[0])
+        few, many = Topology(batch_size=size), Topology(world_size=world_size, batch_size=size)
+        legs = [Leg(topology=few, steps=length // size), Leg(topology=many, steps=1), Leg(topology=few, steps=0)]
         self._check_chain(allowed(legs, capabilities), capabilities, folder)
 
     def _check_chain(self, legs: list[Leg], capabilities: Capabilities, folder: Path) -> None:
@@ -399,7 +425,9 @@ class LoaderConformance:
             noise = self.noise(batch) if capabilities.randomness is Randomness.SAMPLE else None
             return list(self.ids(batch)) if noise is None else list(zip(self.ids(batch), map(str, noise), strict=True))
 
-        seen, whole = Account(), Account()
+        # ranks that have to stay the same ones may each have an order of their own
+        streams = legs[0].topology.world_size if "world_size" in capabilities.fixed() else 1
+        seen, whole = Account(streams), Account(streams)
         run = self.begun(legs[0].topology, folder)
         for leg, following in itertools.zip_longest(legs, legs[1:]):
             left = leg.steps if following else -1  # the last runs to the end
@@ -410,7 +438,7 @@ class LoaderConformance:
                 run = self.resumed(run.point(), following.topology, folder)
                 seen.resumes += 1
         run = self.begun(legs[0].topology, folder)
-        while run.ended <= EPOCHS if self.length else len(whole.all) < len(seen.all):
+        while run.ended <= EPOCHS if self.length else len(whole.all()[0]) < len(seen.all()[0]):
             whole.take(run, legs[0].topology, samples)
         check_chain(seen, whole, legs, capabilities, self.tail)
 

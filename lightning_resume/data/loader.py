@@ -21,7 +21,14 @@ from lightning_resume.data import order
 from lightning_resume.data.adapters.torchdata import without_state
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
-from lightning_resume.data.randomness import KeyedCollate, KeyedDataset, Request, keyed_seed, worker_init
+from lightning_resume.data.randomness import (
+    KeyedCollate,
+    KeyedDataset,
+    Request,
+    keyed_seed,
+    keys_each_sample,
+    worker_init,
+)
 from lightning_resume.data.source import UNSIZED, Source
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
@@ -49,6 +56,7 @@ class ElasticLoader(Resumable):
 
     # of the user's loader, with all its other attributes
     num_workers: int
+    dataset: Any
     worker_init_fn: Any
     batch_sampler: Any
 
@@ -105,7 +113,7 @@ class ElasticLoader(Resumable):
             num_workers=Change.ELASTIC,
             batch_size=Change.ELASTIC,
             order=Order.GLOBAL,
-            randomness=Randomness.SAMPLE,
+            randomness=Randomness.SAMPLE if keys_each_sample(self.dataset) else Randomness.POSITION,
             resume_cost=self._source.resume_cost,
             state_size=self._source.state_size,
         )
@@ -147,7 +155,8 @@ class ElasticLoader(Resumable):
         position = self._position(0)
         self._source.grow(position.epoch + 1)
         if _is_sized(self._source):
-            following = order.next_epoch(position, **self._counts)
+            # whether the saved epoch had come to its end is for the topology to say that it was in
+            following = order.next_epoch(position, **(self._saved_counts if self._resumed else self._counts))
             self._start = dataclasses.replace(following, length=self._source.length_of(following.epoch))
         else:
             self._start = dataclasses.replace(position, epoch=position.epoch + 1, consumed=0, batches=0)
@@ -208,6 +217,7 @@ class ElasticLoader(Resumable):
             "kind": self._kind(),
             "order": self._position(behind).to_dict(),
             "source": self._source.state_dict(),
+            "counts": self._counts,
             "explicit_seed": self._explicit_seed,
             "fixed": self._fixed(),
         }
@@ -218,6 +228,7 @@ class ElasticLoader(Resumable):
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._start = order.OrderState.from_dict(state_dict["order"])
+        self._saved_counts = state_dict["counts"]
         self._source.load_state_dict(state_dict["source"], seed=self._start.seed)
         self._shut_down()
 

@@ -91,8 +91,7 @@ def fetch(dataset: Any, indices: Sequence[Any], seeds: SampleSeeds) -> Any:
     fetch_keyed = getattr(dataset, "fetch_keyed", None)
     if callable(fetch_keyed):  # our own: fetches the batch at once, and asks for each sample's random numbers
         return fetch_keyed(indices, seeds)
-    # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
-    if getattr(dataset, "__getitems__", None) and not isinstance(dataset, Subset):
+    if not keys_each_sample(dataset):
         seeds.batch()
         return dataset.__getitems__(list(indices))
     samples = []
@@ -100,6 +99,13 @@ def fetch(dataset: Any, indices: Sequence[Any], seeds: SampleSeeds) -> Any:
         seeds(n)
         samples.append(dataset[index])
     return samples
+
+
+def keys_each_sample(dataset: Any) -> bool:
+    """Whether each sample gets random numbers of its own: not where the dataset fetches a batch of them at once."""
+    # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
+    at_once = not isinstance(dataset, Subset) and getattr(dataset, "__getitems__", None)
+    return callable(getattr(dataset, "fetch_keyed", None)) or not at_once
 
 
 class KeyedCollate:

@@ -105,7 +105,7 @@ def _elastic(
         start=order.OrderState(
             seed=key,
             length=UNSIZED if source.lazy else source.length,
-            tail=tail or (order.Tail.DROP if _drops_last(loader) and not custom_batches else order.Tail.EVEN),
+            tail=_tail(loader, tail, custom_batches=custom_batches),
             shuffle=source.shuffle,
             fingerprint=fingerprint(loader.dataset),
         ),
@@ -191,6 +191,12 @@ def _length(loader: DataLoader[Any]) -> int:
             f"The dataset {type(loader.dataset).__name__} has no `__len__`. Add one, or make it an IterableDataset."
         )
     return len(loader.dataset)
+
+
+def _tail(loader: DataLoader[Any], tail: order.Tail | None, *, custom_batches: bool) -> order.Tail:
+    chosen = tail or (order.Tail.DROP if _drops_last(loader) and not custom_batches else order.Tail.EVEN)
+    # of samples that are not batched, one more on some ranks is a step that the others do not take
+    return order.Tail.CARRY if chosen is order.Tail.EVEN and loader.batch_sampler is None else chosen
 
 
 def _drops_last(loader: DataLoader[Any]) -> bool:

@@ -114,8 +114,8 @@ class Replayed(Source):
         self._previous_at_start: dict[int, dict[str, Any]] = {}
 
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
-        if start < 0 <= stop:  # what an earlier epoch left over comes first
-            return self.take(state, start, 0) + (self.take(state, 0, stop) if stop else [])
+        if start < 0 < stop:  # what an earlier epoch left over comes first
+            return self.take(state, start, 0) + self.take(state, 0, stop)
         epoch, offset = state.epoch + start // self.length, start % self.length
         if epoch != self._epoch or offset < self._position:
             self._begin(epoch)
