@@ -137,9 +137,13 @@ class ElasticLoader(Resumable):
         return self._start.batches + order.steps_left(self._start, **self._counts)
 
     def set_epoch(self, epoch: int) -> None:
-        if epoch != self._start.epoch:
+        if epoch == self._start.epoch:
+            return
+        if epoch == self._start.epoch + 1:  # as the next iteration would: samples may be left over, or taken already
+            self._next_epoch()
+        else:
             self._start = self._at_start_of(epoch)
-            self._begin_attributes()
+        self._begin_attributes()
 
     def _at_start_of(self, epoch: int) -> order.OrderState:
         length = self._source.length_of(epoch)

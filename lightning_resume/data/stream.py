@@ -29,6 +29,7 @@ class StreamLoader(Resumable):
         self._wrapped, self._adapter = wrapped, adapter
         self._epoch = self._skip = 0
         self._inner: Any = None
+        self._led_here: Any = None
         self._done = self._ended_when_saved = self._exhausted = False
         self.remember(2)
 
@@ -62,9 +63,14 @@ class StreamLoader(Resumable):
         self._history: collections.deque[tuple[int, Any]] = collections.deque(known, maxlen=batches + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            self._epoch, self._skip, self._inner = epoch, 0, None
-            self._begin_attributes()
+        if epoch == self._epoch:
+            return
+        if epoch == self._epoch + 1:  # as the next iteration would
+            self._next_epoch()
+        else:
+            self._epoch, self._skip, self._inner, self._done = epoch, 0, None, False
+        self._history.clear()
+        self._begin_attributes()
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         super().check(state_dict)
@@ -87,6 +93,7 @@ class StreamLoader(Resumable):
         return self._skip > 0
 
     def _next_epoch(self) -> None:
+        self._led_here = self._history[-1][1] if self._done and self._adapter.goes_on_after_its_end else None
         if self._resumed and self._inner is not None and not self._ended_when_saved:
             with self._randomness(0):
                 self._adapter.iterate(self._epoch, self._inner, self._skip)
@@ -105,7 +112,7 @@ class StreamLoader(Resumable):
             return
         with self._randomness(0):
             batches = self._adapter.iterate(self._epoch, self._inner, self._skip)
-            self._history.append((0, self._inner))
+            self._history.append((0, self._at_start()))
         while True:
             with self._randomness(self._skip + self._taken + 1):
                 try:
@@ -134,7 +141,7 @@ class StreamLoader(Resumable):
 
     def _state(self, behind: int) -> dict[str, Any]:
         taken = self._taken - behind
-        states = dict(self._history) if self._history else {0: self._inner}
+        states = dict(self._history) if self._history else {0: self._at_start()}
         if taken not in states:
             raise RuntimeError(
                 f"The position {behind} batches ago is no longer known: only the last {len(states) - 1} are kept."
@@ -153,9 +160,14 @@ class StreamLoader(Resumable):
             "identity": self._adapter.identity(),
         }
 
+    def _at_start(self) -> Any:
+        """The state before the first batch: what was loaded, or what the epoch before this one ended with."""
+        return self._led_here if self._inner is None else self._inner
+
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._epoch, self._skip = state_dict["epoch"], state_dict["batches"]
         self._inner = state_dict.get("lanes", state_dict.get("inner")) or None
+        self._led_here = None
         self._done, self._ended_when_saved = False, state_dict["ended"]
         self._history.clear()
         self._adapter.shut_down()
