@@ -14,10 +14,10 @@ In a module ``tests/test_conformance_<what>.py`` (any ``tests/test_*.py`` will d
 Everything else is read from the ``capabilities`` that the loader declares: what is elastic is changed, what is to stay
 the same is changed too and must be refused. Keep the data small (about 14 samples: 4 steps of 4), for every step is
 resumed from. ``workers``, ``world_sizes`` and ``batch_sizes`` are the values that are tried, not a promise; narrow them
-where the package allows no more (one rank per process: ``world_sizes = (1,)``) and say why. ``tail`` says what becomes of
-samples that fill no step, ``unique = False`` that an epoch may hold a sample twice; ``content`` is what must come back
-with equal bits: override it for a loader that declares ``Randomness.OWN``. ``make`` is also called in child processes
-(SIGKILL): the class is importable, and ``make`` depends on its arguments alone. The large setting:
+where the package allows no more (one rank per process: ``world_sizes = (1,)``) and say why. ``tail`` says what becomes
+of samples that fill no step, ``unique = False`` that an epoch may hold a sample twice; ``content`` is what must come
+back with equal bits: override it for a loader that declares ``Randomness.OWN``. ``make`` is also called in child
+processes (SIGKILL): the class is importable, and ``make`` depends on its arguments alone. The large setting:
 ``python -m tests.conformance --examples 500 --kills 20 [-k TestParquet]``.
 """
 
@@ -29,77 +29,33 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lightning_resume.data.capabilities import Capabilities, Change, Randomness
 from lightning_resume.data.order import Tail
-from lightning_resume.data.position import Resumable
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state.component import Sharing
 from tests.chained_runs import ENDLESS_STEPS, EPOCHS, Account, Leg, allowed, chains_of
 from tests.chained_runs import check as check_chain
 from tests.harness import Launch, zygote
-from tests.killed_consumer import PREFETCH, Record
-from tests.simulated_ranks import Point, Ranks, Topology, bits, stored
-from tests.toy_data import draw, global_rng, reseed
+from tests.killed_consumer import Record
+from tests.loader_runs import ALONE, TWO_RANKS, WITH_WORKERS, LoaderRuns
+from tests.simulated_ranks import Ranks, Topology, bits, stored
+from tests.toy_data import draw, global_rng
 
 EXAMPLES, KILLS = "CONFORMANCE_EXAMPLES", "CONFORMANCE_KILLS"  # environment variables of the large setting
-ALONE, WITH_WORKERS, TWO_RANKS = Topology(), Topology(num_workers=2), Topology(world_size=2)
 NAMES = {ALONE: "alone", WITH_WORKERS: "2 workers", TWO_RANKS: "2 ranks"}
 
-Step = tuple[int, list[Any]]
-"""An epoch, and what each rank got."""
 
-
-class LoaderConformance:
+class LoaderConformance(LoaderRuns):
     """The suite; see the module's docstring for what a subclass gives."""
 
-    length: int | None
-    unique = True
-    epochs = 3
-    endless_steps = 10
-    """How far a stream without end is followed."""
-    tail = Tail.EVEN
-    workers: Sequence[int] = (0, 2)
-    world_sizes: Sequence[int] = (1, 2, 3)
-    batch_sizes: Sequence[int] = (4, 3, 7)
-
     _prepared: Path
-
-    # -- what a subclass gives
-
-    def prepare(self, folder: Path) -> None:
-        """Writes the data, once per class."""
-
-    def make(
-        self,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        batch_size: int = 4,
-        seed: int = 3,
-        folder: Path,
-        prefetch_factor: int | None = None,
-    ) -> Resumable:
-        raise NotImplementedError
-
-    def ids(self, batch: Any) -> list[int]:
-        raise NotImplementedError
-
-    def noise(self, batch: Any) -> list[Any] | None:
-        raise NotImplementedError
-
-    def content(self, batch: Any) -> Any:
-        return bits(batch)
-
-    # -- runs
 
     @classmethod
     def setup_class(cls) -> None:
@@ -116,61 +72,13 @@ class LoaderConformance:
 
     @pytest.fixture
     def capabilities(self, folder: Path) -> Capabilities:
-        """What a loader of several ranks declares: one of a single rank may not know that others are to be unlike it."""
+        """What a loader of several ranks declares: a single one may not know that others would be unlike it."""
         return self.make(folder=folder, world_size=max(self.world_sizes)).capabilities
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "topology" in metafunc.fixturenames:
             possible = [ALONE, *[WITH_WORKERS] * (2 in self.workers), *[TWO_RANKS] * (2 in self.world_sizes)]
             metafunc.parametrize("topology", possible, ids=[NAMES[topology] for topology in possible])
-
-    def loader(self, topology: Topology, folder: Path, rank: int = 0) -> Resumable:
-        """A fresh loader of one rank; the global generators are somewhere else each time."""
-        reseed(random.getrandbits(31))
-        prefetch = PREFETCH if topology.num_workers else None
-        return self.make(rank=rank, folder=folder, prefetch_factor=prefetch, **dataclasses.asdict(topology))
-
-    def begun(self, topology: Topology, folder: Path) -> Ranks:
-        return Ranks([self.loader(topology, folder, rank) for rank in range(topology.world_size)])
-
-    def resumed(self, point: Point, topology: Topology, folder: Path) -> Ranks:
-        run = self.begun(topology, folder)
-        run.load(point)
-        return run
-
-    def over(self, run: Ranks, epochs: int | None = None) -> bool:
-        return run.ended >= (self.epochs if epochs is None else epochs) or (
-            self.length is None and run.taken >= self.endless_steps
-        )
-
-    def steps(self, run: Ranks, epochs: int | None = None) -> Iterator[tuple[int, list[Any] | None]]:
-        """The rest of the run: the epoch and the batches of each step, and ``None`` at the end of each epoch."""
-        while not self.over(run, epochs):
-            epoch = run.ended
-            batches = run.step()
-            yield epoch, batches
-
-    def rest(self, run: Ranks, epochs: int | None = None) -> list[Step]:
-        steps = self.steps(run, epochs)
-        return [(epoch, list(map(self.content, batches))) for epoch, batches in steps if batches is not None]
-
-    def record(self, topology: Topology, folder: Path) -> tuple[list[Step], list[Point]]:
-        """An uninterrupted run, and every moment that it could be saved at."""
-        run = self.begun(topology, folder)
-        whole: list[Step] = []
-        points = [run.point()]
-        for epoch, batches in self.steps(run):
-            if batches is not None:
-                whole.append((epoch, list(map(self.content, batches))))
-            points.append(run.point())
-        return whole, points
-
-    def middle(self, folder: Path) -> tuple[list[Step], list[Point]]:
-        """An uninterrupted run alone, and its points after the first step of epoch 0 and after the second of epoch 1."""
-        whole, points = self.record(ALONE, folder)
-        first = sum(epoch == 0 for epoch, _ in whole)
-        second = first + 2 if self.length is not None else 3
-        return whole, [point for point in points if point.taken in (1, second)]
 
     # -- what is served without any resume
 
@@ -295,6 +203,19 @@ class LoaderConformance:
             for loader in run.loaders:
                 loader.set_epoch(loader.epoch)
             assert self.rest(run) == whole[point.taken :]
+
+    def test_the_end_of_an_epoch_leads_into_the_next_however_it_is_loaded(self, folder: Path) -> None:
+        whole, points = self.record(ALONE, folder)
+        for last, end in itertools.pairwise(points):
+            if end.ended == last.ended:
+                continue
+            left, held = self.begun(ALONE, folder), self.begun(ALONE, folder)
+            left.loaders[0].load_epoch_end(last.states[0])
+            held.loaders[0].load_exhausted(end.states[0])
+            assert list(held.loaders[0]) == []
+            for run in (left, held):
+                run.ended, run.taken = end.ended, end.taken
+                assert self.rest(run) == whole[end.taken :]
 
     @pytest.mark.parametrize("behind", [0, 1, 2])
     def test_a_state_from_before_the_last_batches_replays_them(self, folder: Path, behind: int) -> None:

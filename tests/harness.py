@@ -1,8 +1,8 @@
 """Launches ranks that share one start-up: a zygote has imported everything, and forks every rank of every launch.
 
-A launch is ``world_size`` ranks that run one function, mostly of :mod:`tests.runs`, in the environment that torchrun would give
-them. The ranks of a launch, their supervisor and their loaders' workers are one process group: when the launch ends,
-however it ends, what is left of the group is killed.
+A launch is ``world_size`` ranks that run one function, mostly of :mod:`tests.runs`, in the environment that torchrun
+would give them. The ranks of a launch, their supervisor and their loaders' workers are one process group: when the
+launch ends, however it ends, what is left of the group is killed.
 """
 
 from __future__ import annotations

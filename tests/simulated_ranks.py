@@ -1,4 +1,4 @@
-"""All ranks of a topology in one process, step by step: what a training loop does, stopped anywhere, resumed anywhere."""
+"""All ranks of a topology in one process, step by step: a training loop, stopped anywhere, resumed anywhere."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from tests.toy_data import (
     Batches,
     Buckets,
     CountingEpochs,
+    CountsItsSamples,
     Endless,
     GlobalRandom,
     Noisy,
@@ -180,6 +181,11 @@ class TestStatefulIterableDataset(InProcess):
 class TestTorchdata(NoisyConformance):
     def user_loader(self, **options: Any) -> Iterable[Any]:
         return StatefulDataLoader(Noisy(), shuffle=True, **options)
+
+
+class TestTorchdataStatefulMap(InProcess):
+    def user_loader(self, **options: Any) -> Iterable[Any]:
+        return StatefulDataLoader(CountsItsSamples(), shuffle=True, **options)
 
 
 class TestTorchdataIterable(InProcess):

@@ -56,6 +56,24 @@ class NoisyBatches(Noisy):
         return [self[i] for i in indices]
 
 
+class CountsItsSamples(Noisy):
+    """A map-style dataset with a state of its own, which its samples show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched = 0
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        self.fetched += 1
+        return index, torch.tensor(draw() + self.fetched, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"fetched": self.fetched}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.fetched = state_dict["fetched"]
+
+
 class Plain(IterableDataset[Any]):
     """Has no position; divides its items over the workers."""
 

@@ -52,7 +52,7 @@ class ElasticSampler(Sampler[list[int]]):
         self._state = order.OrderState(
             seed=seed, length=len(dataset), tail=order.Tail(tail), shuffle=shuffle, fingerprint=fingerprint(dataset)
         )
-        self._finished = False
+        self._finished, self._finished_at = False, self._counts
 
     @property
     def _counts(self) -> dict[str, int]:
@@ -64,7 +64,7 @@ class ElasticSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """The rest of the epoch; after its end, the next epoch."""
         if self._finished:
-            self._state = order.next_epoch(self._state, **self._counts)
+            self._state = order.next_epoch(self._state, **self._finished_at)
         self._finished = False
         start = self._state
         for step in range(order.steps_left(start, **self._counts)):
@@ -72,17 +72,21 @@ class ElasticSampler(Sampler[list[int]]):
             mine = order.rank_slice(*window, rank=self.rank, world_size=self.world_size)
             self._state = order.advance(start, step + 1, **self._counts)
             yield order.indices(start, *mine).tolist()
-        self._finished = True
+        self._finished, self._finished_at = True, self._counts
 
     def set_epoch(self, epoch: int) -> None:
         """Starts ``epoch`` from its beginning; within the same epoch, the position is kept."""
-        if epoch != self._state.epoch:
+        if epoch == self._state.epoch + 1 and self._finished:  # samples may be left over, or taken already
+            self._state = order.next_epoch(self._state, **self._finished_at)
+        elif epoch != self._state.epoch:
             self._state = dataclasses.replace(self._state, epoch=epoch, consumed=0, batches=0)
-            self._finished = False
+        else:
+            return
+        self._finished = False
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch given last."""
-        return {"order": self._state.to_dict(), "finished": self._finished}
+        return {"order": self._state.to_dict(), "finished": self._finished, "counts": self._finished_at}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict``.
@@ -101,6 +105,7 @@ class ElasticSampler(Sampler[list[int]]):
                     advice="Make the sampler as it was when its state was saved.",
                 )
         self._state, self._finished = saved, bool(state_dict["finished"])
+        self._finished_at = state_dict["counts"]  # another topology might have had a step left
 
 
 class ResumableDataLoader(ElasticLoader, DataLoader[Any]):  # type: ignore[misc]  # __iter__ gives any iterator

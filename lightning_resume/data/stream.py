@@ -30,6 +30,7 @@ class StreamLoader(Resumable):
         self._epoch = self._skip = 0
         self._inner: Any = None
         self._led_here: Any = None
+        self._untouched = False  # the adapter has not been asked for a batch since a state was loaded
         self._done = self._ended_when_saved = self._exhausted = False
         self.remember(2)
 
@@ -93,12 +94,13 @@ class StreamLoader(Resumable):
         return self._skip > 0
 
     def _next_epoch(self) -> None:
-        self._led_here = self._history[-1][1] if self._done and self._adapter.goes_on_after_its_end else None
-        if self._resumed and self._inner is not None and not self._ended_when_saved:
+        goes_on = self._adapter.goes_on_after_its_end
+        self._led_here = self._history[-1][1] if goes_on and self._done and not self._untouched else None
+        if self._untouched and self._inner is not None and not self._ended_when_saved:
             with self._randomness(0):
                 self._adapter.iterate(self._epoch, self._inner, self._skip)
             self._inner = None
-        elif not self._resumed or not self._adapter.goes_on_after_its_end:
+        elif not self._untouched or not goes_on:
             self._inner = None
         self._epoch, self._skip, self._done = self._epoch + 1, 0, False
 
@@ -108,8 +110,9 @@ class StreamLoader(Resumable):
 
     def _batches(self) -> Iterator[Any]:
         if self._exhausted:
-            self._exhausted, self._done = False, True
+            self._exhausted, self._done, self._ended_when_saved = False, True, True
             return
+        self._untouched = False
         with self._randomness(0):
             batches = self._adapter.iterate(self._epoch, self._inner, self._skip)
             self._history.append((0, self._at_start()))
@@ -167,7 +170,7 @@ class StreamLoader(Resumable):
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._epoch, self._skip = state_dict["epoch"], state_dict["batches"]
         self._inner = state_dict.get("lanes", state_dict.get("inner")) or None
-        self._led_here = None
+        self._led_here, self._untouched = None, True
         self._done, self._ended_when_saved = False, state_dict["ended"]
         self._history.clear()
         self._adapter.shut_down()
