@@ -75,7 +75,7 @@ def assert_replays_in_a_chain(make: Make, batches: list[Any], *, epochs: int = 2
     state = stored(resumable(make, **options).state_dict())
     seen: list[Any] = []
     ended = 0
-    while ended < epochs:
+    while ended < epochs and len(seen) <= len(batches):
         loader = resumable(make, state, seed=len(seen) + 9, **options)
         batch = next(iter(loader), None)
         if batch is None:  # saved at the last batch: nothing was left of the epoch

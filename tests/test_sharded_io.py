@@ -1,4 +1,4 @@
-"""What a resume over sharded files opens and reads, counted on local disk and on real servers: of finished files none."""
+"""What a resume over sharded files opens and reads, counted on disk and on real servers: of finished files none."""
 
 from __future__ import annotations
 

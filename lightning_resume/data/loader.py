@@ -113,7 +113,7 @@ class ElasticLoader(Resumable):
             num_workers=Change.ELASTIC,
             batch_size=Change.ELASTIC,
             order=Order.GLOBAL,
-            randomness=Randomness.SAMPLE if keys_each_sample(self.dataset) else Randomness.POSITION,
+            randomness=Randomness.SAMPLE if keys_each_sample(self._user_loader.dataset) else Randomness.POSITION,
             resume_cost=self._source.resume_cost,
             state_size=self._source.state_size,
         )

@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
+from lightning_resume.data.fingerprint import is_hugging_face
 from lightning_resume.data.sample_rng import Key, making, now_making
 from lightning_resume.state import rng
 
@@ -91,7 +93,7 @@ def fetch(dataset: Any, indices: Sequence[Any], seeds: SampleSeeds) -> Any:
     fetch_keyed = getattr(dataset, "fetch_keyed", None)
     if callable(fetch_keyed):  # our own: fetches the batch at once, and asks for each sample's random numbers
         return fetch_keyed(indices, seeds)
-    if not keys_each_sample(dataset):
+    if _fetches_batches(dataset):
         seeds.batch()
         return dataset.__getitems__(list(indices))
     samples = []
@@ -101,11 +103,19 @@ def fetch(dataset: Any, indices: Sequence[Any], seeds: SampleSeeds) -> Any:
     return samples
 
 
-def keys_each_sample(dataset: Any) -> bool:
-    """Whether each sample gets random numbers of its own: not where the dataset fetches a batch of them at once."""
+def _fetches_batches(dataset: Any) -> bool:
     # Subset offers __getitems__ but only loops, and asking it one by one keeps the samples' keys apart
-    at_once = not isinstance(dataset, Subset) and getattr(dataset, "__getitems__", None)
-    return callable(getattr(dataset, "fetch_keyed", None)) or not at_once
+    return not isinstance(dataset, Subset) and bool(getattr(dataset, "__getitems__", None))
+
+
+def keys_each_sample(dataset: Any) -> bool:
+    """Whether each sample gets random numbers of its own: not where the dataset makes a batch of them at once.
+
+    Hugging Face's gives its transform the whole batch, and draws nothing where it has none.
+    """
+    if callable(getattr(dataset, "fetch_keyed", None)) or not _fetches_batches(dataset):
+        return True
+    return is_hugging_face(dataset) and dataset.format["type"] != "custom"
 
 
 class KeyedCollate:
@@ -162,20 +172,32 @@ class KeyedIterable(IterableDataset[Any]):
     def __init__(self, dataset: Iterable[Any], seed: int, epoch: EpochCell) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
         self.batch_key = 0
-        self.live: KeyedIterator | None = None
+        self._live: weakref.ref[KeyedIterator] | None = None
         self.pending: Mapping[str, Any] | None = None
         self.reads_again = False
         """Whether the dataset's own state is left alone, because it does not tell the position."""
 
+    @property
+    def live(self) -> KeyedIterator | None:
+        """The latest iterator, if it is still in use; held weakly, so that what it has opened is closed after use.
+
+        (Hugging Face's threads wait for themselves where the garbage collector closes their iterator in one of them.)
+        """
+        return None if self._live is None else self._live()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None}
+
     def __iter__(self) -> KeyedIterator:
-        self.live = KeyedIterator(self)
-        if not self.reads_again and (is_stateful(self.dataset) or is_stateful(self.live.inner)):
+        live = KeyedIterator(self)
+        self._live = weakref.ref(live)
+        if not self.reads_again and (is_stateful(self.dataset) or is_stateful(live.inner)):
             # made anew it would call iter(dataset) again, which may already have used up a position set by the user
-            self.live.__class__ = StatefulKeyedIterator
+            live.__class__ = StatefulKeyedIterator
             if self.pending is not None:
-                self.live.load_state_dict(self.pending)  # type: ignore[attr-defined]
+                live.load_state_dict(self.pending)  # type: ignore[attr-defined]
                 self.pending = None
-        return self.live
+        return live
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # a TypeError is what is expected of an unsized dataset
@@ -186,6 +208,7 @@ class KeyedIterator(Iterator[Any]):
 
     def __init__(self, owner: KeyedIterable) -> None:
         self.owner, self.count = owner, 0
+        self.loaded: Mapping[str, Any] | None = None
         info = get_worker_info()
         self.worker = 0 if info is None else info.id
         key = ("iter", owner.seed, int(owner.epoch), self.worker)
@@ -196,6 +219,7 @@ class KeyedIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         self.count += 1
+        self.loaded = None
         key = ("item", self.owner.seed, int(self.owner.epoch), self.worker, self.count)
         self.owner.batch_key = keyed_seed("batch", *key)
         rng.seed_all(keyed_seed(*key))
@@ -208,12 +232,14 @@ class StatefulKeyedIterator(KeyedIterator):
     """One pass over a dataset that saves and loads its position, itself or through its iterator."""
 
     def state_dict(self) -> dict[str, Any]:
+        if self.loaded is not None:  # one that is a generator takes its state in at the first item only
+            return dict(self.loaded)
         dataset: Any = self.owner.dataset
         source = dataset if is_stateful(dataset) else self.inner
         return {"count": self.count, "source": copy.deepcopy(source.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count = state["count"]
+        self.count, self.loaded = state["count"], state
         dataset: Any = self.owner.dataset
         if is_stateful(dataset):
             dataset.load_state_dict(state["source"])

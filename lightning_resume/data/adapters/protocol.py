@@ -70,7 +70,7 @@ class LoaderAdapter(abc.ABC):
         Args:
             epoch: Counted from 0.
             state: An earlier :meth:`capture`, in this process or another, or ``None``: from the epoch's start, then.
-            skip: With ``state=None``, this many batches are passed over (:func:`skipped`).
+            skip: Batches taken of the epoch; with ``state=None`` they are passed over (:func:`skipped`).
         """
 
     @abc.abstractmethod

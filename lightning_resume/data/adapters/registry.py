@@ -7,6 +7,7 @@ import importlib.metadata
 import warnings
 from typing import Any, TypeVar
 
+from lightning_resume.data.adapters.huggingface import IterableDatasetAdapter
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.torchdata import StatefulDataLoaderAdapter
 from lightning_resume.errors import ResumeWarning
@@ -15,7 +16,7 @@ GROUP = "lightning_resume.adapters"
 
 A = TypeVar("A", bound=type[LoaderAdapter])
 
-_OURS: list[type[LoaderAdapter]] = [StatefulDataLoaderAdapter]
+_OURS: list[type[LoaderAdapter]] = [IterableDatasetAdapter, StatefulDataLoaderAdapter]
 _registered: list[type[LoaderAdapter]] = []
 
 
