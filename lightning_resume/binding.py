@@ -103,11 +103,13 @@ class TrainerBinding:
         find: Callable[[], list[Found]],
         folder: RunFolder,
         trust: bool,
+        strict: bool,
         verify: loading.Verify,
         validate: Validate | None,
     ) -> None:
         self.trainer = trainer
-        self._on_step, self._on_epoch, self._find, self._trust = on_step, on_epoch, find, trust
+        self._on_step, self._on_epoch, self._find = on_step, on_epoch, find
+        self._trust, self._strict = trust, strict
         self._folder = folder
         self._found: list[Found] = []
         self._loops = Loops(trainer)
@@ -447,6 +449,8 @@ class TrainerBinding:
                 loader.share_by_default(rank=share["rank"], world_size=share["num_replicas"])
             return loader
         resumable = make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
+        if not self._strict:
+            resumable.strict = False
         if self._hints and (saved := self._hints.pop(0)) is not None:
             resumable.hint(saved)  # Lightning is about to ask for its length
         return resumable

@@ -51,6 +51,8 @@ class ResumeCallback(Checkpoint):
         validate: Whether tensors that ranks hold alike (all of DDP's) are compared before a save: ``"quick"`` by one
             hash of all, ``"full"`` tensor by tensor, ``None`` not at all.
         on_save_error: ``"raise"``, or ``"warn"`` to train on without that checkpoint; older ones are untouched.
+        strict: Whether a run is refused whose loader cannot go on exactly, say at another number of workers.
+            ``False`` lets it go on as well as it can, with a warning that says what may repeat or be lost.
         trust: Let checkpoints hold objects of any class. Loading such an object can run code: only for checkpoints
             that nobody else could have written. The same as ``fit(weights_only=False)``.
         storage_options: Arguments of the fsspec filesystem for ``dirpath``, beyond fsspec's own configuration.
@@ -72,6 +74,7 @@ class ResumeCallback(Checkpoint):
         verify: str = "read",
         validate: str | None = None,
         on_save_error: str = "raise",
+        strict: bool = True,
         trust: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,7 +92,7 @@ class ResumeCallback(Checkpoint):
         self.dirpath = os.fspath(dirpath)
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
         self.train_time_interval = train_time_interval
-        self.resume, self.trust = resume, trust
+        self.resume, self.strict, self.trust = resume, strict, trust
         self.verify, self.validate = Verify(verify), None if validate is None else Validate(validate)
         self.on_save_error = OnSaveError(on_save_error)
         self._folder = RunFolder(dirpath, keep=keep, max_attempts=max_attempts, storage_options=storage_options)
@@ -125,6 +128,7 @@ class ResumeCallback(Checkpoint):
                 find=self._find,
                 folder=self._folder,
                 trust=self.trust,
+                strict=self.strict,
                 verify=self.verify,
                 validate=self.validate,
             )

@@ -10,9 +10,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_resume import KeepBest, KeepEvery, KeepLast, ResumeCallback, list_checkpoints
-from tests.toy_trainer import Net, Quiet, assert_same, fit, trainer
+from lightning_resume import (
+    CheckpointMismatchError,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    ResumeCallback,
+    UnsafeResumeWarning,
+    list_checkpoints,
+)
+from tests.toy_trainer import KillAt, Net, Points, Quiet, assert_same, fit, trainer
 
 
 def names(folder: Path) -> list[str]:
@@ -166,3 +175,26 @@ def test_the_learning_rate_finder_goes_beside_it(tmp_path: Path) -> None:
     finder = LearningRateFinder(num_training_steps=5, update_attr=False)
     fit(tmp_path, module=Tunable, callbacks=[finder], resume=ResumeCallback(tmp_path / "r", every_n_train_steps=4))
     assert names(tmp_path / "r") == steps(4, 8)
+
+
+class Plain(IterableDataset[Any]):
+    """Has no position of its own: which samples a number of batches is depends on the number of workers."""
+
+    def __iter__(self) -> Any:
+        points = Points()
+        return (points[index] for index in range(len(points)))
+
+
+def test_a_loader_that_cannot_go_on_exactly_is_refused_unless_the_user_says_otherwise(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def run(*, workers: int, **options: Any) -> Any:
+        resume = ResumeCallback(tmp_path / "r", every_n_train_steps=1, **options)
+        loader = lambda: DataLoader(Plain(), 4, num_workers=workers)  # noqa: E731
+        return fit(tmp_path, data=loader, module=Quiet, resume=resume, callbacks=[KillAt(2)])
+
+    run(workers=0)
+    with pytest.raises(CheckpointMismatchError, match="num_workers differs"):
+        run(workers=1)
+    assert run(workers=1, strict=False).trainer.global_step > 2
+    assert "seen twice" in str(recwarn.pop(UnsafeResumeWarning).message)
