@@ -14,7 +14,7 @@ DEBIAN_PACKAGES := openssh-server libwrap0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format kill-matrix storm bench clean
+.PHONY: help demo test lint format kill-matrix storm real-run bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,12 @@ storm: $(STAMP) ## the large settings: random kills, crash points, flipped bits,
 	$(BIN)/python -m tests.test_corruption
 	$(BIN)/python -m tests.test_hostile
 
-bench: $(STAMP) ## what hashing costs a save, beside stock DCP
+real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed at other topologies, and counted
+	$(BIN)/python -m tests.real_run
+
+bench: $(STAMP) ## what hashing costs a save; how soon and how fast batches come, beside what others offer
 	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/loaders.py
 
 clean: ## remove what the targets above made, .venv too
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info lightning_logs demo-out

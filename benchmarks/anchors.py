@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import abc
 import importlib.util
+import io
 import itertools
+import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +73,8 @@ class Way(abc.ABC):
 
     @property
     def is_installed(self) -> bool:
-        return self.package is None or importlib.util.find_spec(self.package) is not None
+        # the first part alone is looked for: with dots in it find_spec imports, and fails where there is nothing
+        return self.package is None or importlib.util.find_spec(self.package.split(".")[0]) is not None
 
     def prepare(self, data: Data) -> None:
         """Writes the rows in the format of this way; not measured."""
@@ -298,6 +302,48 @@ class LitData(Way):
         return loaded(StreamingDataLoader(rows, batch_size=data.batch_size), state)
 
 
+class Energon(Way):
+    package = "megatron.energon"
+    name = "Megatron-Energon, 0 workers"
+    remark = "rows in tar files"
+
+    def folder(self, data: Data) -> Path:
+        return data.folder / "energon"
+
+    def prepare(self, data: Data) -> None:
+        from megatron.energon.flavors import BaseWebdatasetFactory
+
+        folder = self.folder(data)
+        (folder / ".nv-meta").mkdir(parents=True)
+        shards = [f"shard-{number:03d}.tar" for number in range(len(data.files))]
+        for shard, file in zip(shards, data.files, strict=True):
+            with tarfile.open(folder / shard, "w") as tar:
+                for row in pq.read_table(file).to_pylist():
+                    member = tarfile.TarInfo(f"{row['id']:09d}.txt")
+                    member.size = len(row["text"])
+                    tar.addfile(member, io.BytesIO(row["text"].encode()))
+        BaseWebdatasetFactory.prepare_dataset(folder, shards, split_parts_ratio=[("train", 1.0)], workers=2)
+        kind = {"__module__": "megatron.energon", "__class__": "TextWebdataset", "field_map": {"text": "txt"}}
+        (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))  # JSON is YAML, too
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+
+        config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+        options: dict[str, Any] = {"shuffle_buffer_size": None, "max_samples_per_sequence": 100, "repeat": False}
+        rows = get_train_dataset(self.folder(data), worker_config=config, batch_size=data.batch_size, **options)
+        loader = get_savable_loader(rows, worker_config=config)
+        if state is not None:
+            loader.restore_state_rank(state)
+        return loader
+
+    def state(self, loader: Any, batches: int) -> Any:
+        return loader.save_state_rank()
+
+    def ids(self, batch: Any) -> list[int]:
+        return [int(key.rsplit("/", 1)[-1]) for key in batch.__key__]
+
+
 def ways() -> list[Way]:
     """All lines of the table; the first is what the others are compared with."""
     return [
@@ -313,5 +359,6 @@ def ways() -> list[Way]:
         HuggingFace(shuffle=True),
         Mosaic(),
         LitData(),
+        Energon(),
         Arrow(),
     ]

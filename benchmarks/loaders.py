@@ -180,7 +180,7 @@ def table(seen: Sequence[Seen]) -> str:
     points = [f"{point} %" for point in POINTS]
     rows = [["seconds to the first batch after", *points, "rows/s", "state ms", "bytes", "lost", "repeated", ""]]
     for line in seen:
-        times = [_seconds(line, point) for point in POINTS]
+        times = [_seconds(line, seen[0], point) for point in POINTS]
         counts = [" " if count is None else f"{count:,}" for count in (line.lost, line.repeated)]
         rate = f"{statistics.median(line.rows_per_second):,.0f}"
         state = [f"{1e3 * line.state_seconds:.2f}", f"{line.state_bytes:,}"] if line.first_batch else [" ", " "]
@@ -195,9 +195,13 @@ def table(seen: Sequence[Seen]) -> str:
     )
 
 
-def _seconds(line: Seen, point: int) -> str:
+def _seconds(line: Seen, first: Seen, point: int) -> str:
+    """The median, as a ratio to that of the first line, and the range."""
     taken = line.first_batch.get(point)
-    return f"{statistics.median(taken):.3f} ({min(taken):.3f} to {max(taken):.3f})" if taken else "-"
+    if not taken:
+        return "-"
+    ratio = statistics.median(taken) / statistics.median(first.first_batch[point])
+    return f"{statistics.median(taken):.3f}  {ratio:.1f}x ({min(taken):.3f} to {max(taken):.3f})"
 
 
 def _remark(line: Seen) -> str:

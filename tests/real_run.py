@@ -87,7 +87,7 @@ def legs(batch_size: int, *, two_epochs: bool) -> tuple[Leg, ...]:
     """Two kills as in the issue; with ``two_epochs`` a third one in the second epoch, and a fourth topology."""
     third = Leg(ranks=3, workers=0, batch_size=batch_size // 2)
     return (
-        Leg(ranks=2, workers=2, batch_size=batch_size, kill=Kill.ANY_MOMENT, between=(0.15, 0.3)),
+        Leg(ranks=2, workers=2, batch_size=batch_size, kill=Kill.ANY_MOMENT, between=(0.2, 0.3)),
         Leg(ranks=1, workers=3, batch_size=batch_size, kill=Kill.IN_A_SAVE, between=(0.45, 0.7)),
         *([dataclasses.replace(third, kill=Kill.ANY_MOMENT, between=(1.1, 1.6))] if two_epochs else [third]),
         *([Leg(ranks=2, workers=1, batch_size=batch_size)] if two_epochs else []),
@@ -99,7 +99,7 @@ TINY = Setting(
     row_bytes=4096,
     row_group=16,
     file_megabytes=0.1,
-    save_every=4,
+    save_every=3,
     legs=legs(8, two_epochs=False),
 )
 LARGE = Setting(
@@ -108,7 +108,7 @@ LARGE = Setting(
     row_group=256,
     file_megabytes=16,
     save_every=25,
-    legs=legs(64, two_epochs=True),
+    legs=legs(128, two_epochs=True),
 )
 
 

@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,35 @@ def test_a_killed_example_goes_on_as_the_same_run(script: str, options: tuple[ob
     assert list(whole) == list(range(1, 13))
     assert min(resumed) == 5
     assert killed | resumed == whole
+
+
+def test_the_corpus_holds_the_sources_whole_in_pieces_that_are_short_enough(tmp_path: Path) -> None:
+    sizes = ("--megabytes", 0.5, "--row-bytes", 1000, "--file-megabytes", 0.1)
+    run_example("corpus.py", "corpus", *sizes, folder=tmp_path)
+    table = pq.read_table(tmp_path / "corpus")
+    texts: dict[str, str] = {}
+    for path, text in zip(table["path"].to_pylist(), table["text"].to_pylist(), strict=True):
+        texts[path] = texts.get(path, "") + text
+    assert table["id"].to_pylist() == list(range(len(table)))
+    assert all(0 < len(text.encode()) <= 1000 for text in table["text"].to_pylist())
+    assert sum(len(text.encode()) for text in texts.values()) == pytest.approx(0.5e6, abs=1000)
+    stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    whole = list(texts)[:-1]  # the last one is cut off where it was enough
+    assert len(whole) > 5
+    assert [texts[path] for path in whole] == [read(stdlib / path) for path in whole]
+
+
+def read(source: Path) -> str:
+    return source.read_text(encoding="utf-8", errors="replace")
+
+
+def test_a_corpus_is_not_written_into_another(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "mine.parquet").touch()
+    with started("corpus.py", "corpus", "--megabytes", 0.1, folder=tmp_path) as process:
+        output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "There are parquet files in corpus. Remove them, or name another folder." in output
 
 
 def test_the_large_example_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:

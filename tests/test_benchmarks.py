@@ -1,0 +1,48 @@
+"""The benchmarks run, and what they time is a correct resume: in their smallest settings, as scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("ShardedDataset, parquet, 0 workers", "ShardedDataset, parquet, 2 workers", "make_resumable, map-style")
+OTHERS = ("map-style, 0 workers", "stateless iterable, 0", "Hugging Face", "pyarrow")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What the benchmark of loaders prints, and its figures by the name of the way."""
+    figures = tmp_path_factory.mktemp("benchmark") / "loaders.json"
+    sizes = ("--rows=6000", "--files=4", "--row-group=300", "--batch-size=32", "--rounds=1", f"--output={figures}")
+    command = [sys.executable, "benchmarks/loaders.py", *sizes, *(f"--only={name}" for name in (*OURS, *OTHERS))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stderr
+    return process.stdout, {way["name"]: way for way in json.loads(figures.read_text())["ways"]}
+
+
+def test_each_way_gives_an_epoch_and_all_but_the_lossy_one_go_on_with_the_right_batch(
+    output: tuple[str, dict[str, dict[str, Any]]],
+) -> None:
+    ways = output[1]
+    assert sum(name.startswith(OURS) for name in ways) == 3
+    assert all(way["epoch_is_whole"] for way in ways.values())
+    right = {name: way for name, way in ways.items() if way["lost"] == way["repeated"] == 0}
+    assert ways.keys() - right.keys() <= {"Hugging Face iterable, shuffle(), 0 workers", "pyarrow iter_batches"}
+    assert all(list(way["first_batch_is_right"].values()) == [True] * 3 for way in right.values())
+
+
+def test_a_way_that_loses_samples_is_marked_in_the_table(output: tuple[str, dict[str, dict[str, Any]]]) -> None:
+    pytest.importorskip("datasets")
+    printed, ways = output
+    lossy = "Hugging Face iterable, shuffle(), 0 workers"
+    assert ways[lossy]["lost"] > 0
+    [line] = [line for line in printed.splitlines() if line.startswith(lossy)]
+    assert line.endswith("ANOTHER BATCH after 10 %, 50 %, 90 %")
