@@ -407,6 +407,7 @@ class TrainerBinding:
         if self._loops.stops():
             # the end of the epoch follows, although the epoch has not ended: a longer run would go on from here
             self._stopped = copy.deepcopy(self.trainer.fit_loop.state_dict())
+            self._stopped["state_dict"].pop("combined_loader", None)  # each rank's own, and ours to keep
         self._on_step()
 
     def _end_epoch(self, stock: Callable[[], None]) -> None:

@@ -35,6 +35,16 @@ _AHEAD = 4
 class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our iterators are generators
     """A loader whose position is a cursor for each of its lanes.
 
+    Args:
+        dataset: What the user sees as ``dataset``.
+        source: What lanes are lanes of.
+        group: Makes units of samples.
+        seed: Key of the order and of the samples' random numbers.
+        share: Rank and world size; None where a strategy or the process group knows them.
+        lanes: How many; by default as many as there are processes that read, when the run starts.
+        output: How a batch arrives without a ``collate_fn``.
+        options: For the ``DataLoader``.
+
     Attributes:
         peers: The other ranks, for them to agree on the end of an epoch; by default those of the process group.
     """
@@ -56,8 +66,10 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         persistent_workers: bool = False,
         **options: Any,
     ) -> None:
-        self._source, self._group, self._seed = source, group or Samples(), seed
-        self._given_share, self._told_share, self._given_lanes = share, (0, 0), lanes
+        # public, by the names of the arguments: Lightning makes a loader anew to predict with
+        self.source, self.group, self.seed, self.output = source, group or Samples(), seed, output
+        self.share, self.lanes = share, lanes
+        self._told_share = (0, 0)
         self.peers: Peers | None = None
         self._processes: Processes | None = None
         self._epoch = 0
@@ -75,7 +87,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         DataLoader.__init__(
             self, dataset, batch_size, collate_fn=make, persistent_workers=persistent_workers, **options
         )
-        self._reader = Reader(source.reader, self._group, make, draws=collate_fn is not None, seed=seed)
+        self._reader = Reader(source.reader, self.group, make, draws=not isinstance(make, Columns), seed=seed)
 
     # -- what it is
 
@@ -87,7 +99,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
             batch_size=Change.ELASTIC,
             order=Order.TOPOLOGY,
             randomness=Randomness.SAMPLE,
-            resume_cost=self._source.resume_cost,
+            resume_cost=self.source.resume_cost,
             state_size="O(lanes), and the list of files",
         )
 
@@ -100,19 +112,19 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         return self._epoch
 
     def _kind(self) -> str:
-        return self._source.kind
+        return self.source.kind
 
     def __len__(self) -> int:
         raise TypeError(
-            f"A {self._source.kind} loader has no length: how many samples there are is known when they have been read."
+            f"A {self.source.kind} loader has no length: how many samples there are is known when they have been read."
         )
 
     # -- which part of it is this rank's
 
     @property
     def _share(self) -> tuple[int, int]:
-        if self._given_share is not None:
-            return self._given_share
+        if self.share is not None:
+            return self.share
         return self._told_share if self._told_share[1] else (_distributed.rank(), _distributed.world_size())
 
     def share_by_default(self, *, rank: int, world_size: int) -> None:
@@ -125,7 +137,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         if not _distributed.is_distributed():
             return None
         of_group = (_distributed.rank(), _distributed.world_size())
-        return ProcessGroup() if self._given_share in (None, of_group) else None
+        return ProcessGroup() if self.share in (None, of_group) else None
 
     def _lanes_of(self, epoch: int) -> int:
         if not self._lanes_from:
@@ -133,7 +145,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         return self._lanes_from[max(0, bisect.bisect([first for first, _ in self._lanes_from], epoch) - 1)][1]
 
     def _enough_lanes(self) -> int:
-        return self._given_lanes or self._share[1] * max(1, self.num_workers)
+        return self.lanes or self._share[1] * max(1, self.num_workers)
 
     @property
     def _is_shared(self) -> bool:
@@ -160,7 +172,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
     def _peers_known(self) -> bool:
         # asking for the peers themselves is a collective
         of_group = (_distributed.rank(), _distributed.world_size())
-        return self.peers is not None or (_distributed.is_distributed() and self._given_share in (None, of_group))
+        return self.peers is not None or (_distributed.is_distributed() and self.share in (None, of_group))
 
     # -- iterating
 
@@ -199,7 +211,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         assert self.batch_size is not None
         return Session(
             self._make_processes(),
-            lambda lane, cursor: self._source.lane(lane, self._lanes_of(lane.epoch), cursor),
+            lambda lane, cursor: self.source.lane(lane, self._lanes_of(lane.epoch), cursor),
             Share(rank=rank, world_size=world_size, batch_size=self.batch_size, drop_last=self.drop_last),
             peers=peers,
             ahead=max(_AHEAD, self.num_workers * (self.prefetch_factor or 1)),
@@ -241,10 +253,10 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self._begin_epoch(self._epoch + 1, left)
 
     def _begin_epoch(self, epoch: int, left: Changes) -> None:
-        if self._lanes_from and self._given_lanes is None and self._enough_lanes() > self._lanes_from[-1][1]:
+        if self._lanes_from and self.lanes is None and self._enough_lanes() > self._lanes_from[-1][1]:
             self._lanes_from.append((epoch, self._enough_lanes()))
         if epoch > self._epoch:
-            self._source.grow(epoch)
+            self.source.grow(epoch)
         self._epoch, self._loaded, self._start, self._now = epoch, left, None, {}
         self._undo.clear()
 
@@ -270,12 +282,12 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
             "facts": self._facts(),
             "lanes_from": [list(entry) for entry in self._lanes_from or [(self._epoch, self._enough_lanes())]],
             "lanes": {lane.name: cursor.to_plain() for lane, cursor in sorted(lanes.items()) if cursor is not None},
-            "source": self._source.state_dict(),
+            "source": self.source.state_dict(),
             "fixed": self._fixed(),
         }
 
     def _facts(self) -> dict[str, Any]:
-        return {**self._source.facts(), "group": self._group.name, "drop_last": self.drop_last}
+        return {**self.source.facts(), "group": self.group.name, "drop_last": self.drop_last}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]], strict: bool | None = None
@@ -297,7 +309,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
                     advice=f"Use the same `{field}` as before: with another, samples would repeat or be lost."
                     " (`fabric.load(..., strict=False)` leaves this loader's position out.)",
                 )
-        self._source.check(state_dict["source"])
+        self.source.check(state_dict["source"])
         self._check_lanes(state_dict)
 
     def _check_lanes(self, state_dict: Mapping[str, Any]) -> None:
@@ -319,7 +331,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._close()
-        self._source.load_state_dict(state_dict["source"])
+        self.source.load_state_dict(state_dict["source"])
         self._epoch = int(state_dict["epoch"])
         self._lanes_from = [(int(first), int(lanes)) for first, lanes in state_dict["lanes_from"]]
         self._loaded = {Lane.from_name(name): Cursor.from_plain(plain) for name, plain in state_dict["lanes"].items()}
