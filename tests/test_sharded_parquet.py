@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from lightning_resume import CheckpointMismatchError, ShardedDataset, Tail, make_resumable
@@ -23,6 +24,7 @@ from lightning_resume.data.sharded.files import Shard
 from lightning_resume.data.sharded.order import ShardedOrder
 from lightning_resume.data.sharded.table import Table
 from tests.toy_shards import GROUP, SIZES, TOTAL, add_noise, table, write_parquet
+from tests.toy_trainer import trainer
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,40 @@ def test_only_the_columns_asked_for_are_read(folder: Path) -> None:
 def test_a_transform_gets_a_dict_and_collate_fn_a_list(folder: Path) -> None:
     loader, _ = make(folder, shuffle=False, transform=lambda row: row["id"] * 10, collate_fn=list)
     assert next(iter(loader)) == [0, 10, 20, 30]
+
+
+def test_without_a_collate_fn_what_the_transform_makes_is_put_together_as_torch_does(folder: Path) -> None:
+    pairs, _ = make(folder, shuffle=False, transform=lambda row: (torch.tensor(row["half"]), row["text"]))
+    halves, texts = next(iter(pairs))
+    assert torch.equal(halves, torch.tensor([0.0, 0.5, 1.0, 1.5]))
+    assert list(texts) == ["row 0", "row 1", "row 2", "row 3"]
+    dicts, _ = make(folder, shuffle=False, transform=lambda row: {"x": row["id"] / 2, "length": [0] * row["id"]})
+    batch = next(iter(dicts))
+    assert torch.equal(batch["x"], torch.tensor([0, 0.5, 1, 1.5], dtype=batch["x"].dtype))
+    assert [len(zeros) for zeros in batch["length"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+def test_a_trainer_validates_tests_and_predicts_with_it(folder: Path, tmp_path: Path) -> None:
+    class Lists(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen += batch["id"].tolist()
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen += batch["id"].tolist()
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen += batch["id"].tolist()
+            return batch_idx
+
+    for run in ("validate", "test", "predict"):
+        module = Lists()
+        getattr(trainer(tmp_path), run)(module, make(folder)[0])
+        assert sorted(module.seen) == list(range(TOTAL)), run
 
 
 def test_a_collate_fn_alone_gets_rows(folder: Path) -> None:
@@ -252,6 +288,17 @@ def test_any_chain_of_topologies_serves_the_uninterrupted_order(
     assert seen == whole
 
 
+def test_the_states_of_all_ranks_are_taken_as_a_list(folder: Path) -> None:
+    whole, _ = serve(folder, None, [(2, 0, 4, ALL)])
+    ranks = [make(folder, rank=rank, world_size=2) for rank in range(2)]
+    seen = [i for batches in zip(*[iter(loader) for loader, _ in ranks]) for b in batches for i in b["id"].tolist()][:8]
+    ranks = [make(folder, rank=rank, world_size=2) for rank in range(2)]
+    for loader, _ in ranks:
+        next(iter(loader))
+    states = stored([dataset.state_dict() for _, dataset in ranks])
+    assert seen + serve(folder, states, [(1, 0, 5, ALL)])[0] == whole
+
+
 def test_workers_may_change_too(folder: Path) -> None:
     whole, _ = serve(folder, None, [(2, 2, 4, ALL)])
     seen, _ = serve(folder, None, [(2, 2, 4, 2), (1, 1, 3, 3), (2, 0, 5, 2), (1, 2, 2, ALL)])
@@ -366,7 +413,7 @@ def test_added_removed_and_resized_files_are_named_before_anything_changes(tmp_p
     (tmp_path / "part-001.parquet").unlink()
     write_parquet(tmp_path, (30,), name="part")
     write_parquet(tmp_path, (2,), first=500, name="new")
-    dataset = make(tmp_path)[1]
+    _loader, dataset = make(tmp_path)
     before = stored(dataset.state_dict())
     with pytest.raises(CheckpointMismatchError) as caught:
         dataset.load_state_dict(state)
@@ -381,7 +428,7 @@ def test_files_that_were_added_are_read_from_the_next_epoch_on_if_asked_for(tmp_
     state, seen = saved_midway(tmp_path)
     write_parquet(tmp_path, (9, 3), first=TOTAL, name="a-first-by-name")
     with pytest.raises(CheckpointMismatchError, match="append_files=True"):
-        make(tmp_path)[1].load_state_dict(state)
+        make(tmp_path)[0].load_state_dict(state)
     loader, dataset = make(tmp_path, append_files=True)
     dataset.load_state_dict(state)
     assert sorted(seen + ids(loader)) == list(range(TOTAL))
@@ -438,9 +485,9 @@ def test_a_file_written_anew_with_other_row_groups_is_noticed(tmp_path: Path) ->
 def test_another_seed_or_shuffle_is_refused(folder: Path) -> None:
     state, _ = saved_midway(folder)
     with pytest.raises(CheckpointMismatchError, match="seed differs"):
-        make(folder, seed=7)[1].load_state_dict(state)
+        make(folder, seed=7)[0].load_state_dict(state)
     with pytest.raises(CheckpointMismatchError, match="order differs"):
-        make(folder, shuffle=False)[1].load_state_dict(state)
+        make(folder, shuffle=False)[0].load_state_dict(state)
 
 
 # -- the order, and the table

@@ -226,5 +226,7 @@ _MASK = (1 << 63) - 1
 
 def _stand_in(cls: type, loader: object) -> Any:
     """An instance of both ``cls`` and the user's class, so that the user's ``isinstance`` checks go on working."""
-    both: Any = type(f"{cls.__name__}[{type(loader).__name__}]", (cls, type(loader)), {})
-    return both.__new__(both)
+    users: Any = type(loader)
+    # made anew, as Lightning makes loaders to predict with, it is the user's and nothing of ours
+    namespace = {"__new__": lambda _, *args, **kwargs: users(*args, **kwargs)}
+    return object.__new__(type(f"{cls.__name__}[{users.__name__}]", (cls, users), namespace))

@@ -15,7 +15,7 @@ from lightning_resume.errors import MissingPackageError
 
 @final
 class Columns:
-    """Makes a dict of columns of samples that are dicts, and one column of any others.
+    """Makes a dict of columns of samples that are dicts, a list of columns of tuples, and one column of any others.
 
     A column is a tensor (an array) where all its values are numbers, or lists of numbers, arrays or tensors of one
     shape; else a list. What a sample lacks is None.
@@ -30,6 +30,8 @@ class Columns:
     def __call__(self, samples: Sequence[Any]) -> Any:
         if self.output is Output.ARROW:
             return _table(samples)
+        if _are_tuples(samples):
+            return [self(part) for part in zip(*samples, strict=True)]
         if not all(isinstance(sample, Mapping) for sample in samples):
             return self._column(samples)
         names = dict.fromkeys(name for sample in samples for name in sample)
@@ -44,6 +46,10 @@ class Columns:
         if array is None:
             return list(values)
         return array if self.output is Output.NUMPY else torch.from_numpy(array)
+
+
+def _are_tuples(samples: Sequence[Any]) -> bool:
+    return all(isinstance(sample, tuple) for sample in samples) and len(set(map(len, samples))) == 1
 
 
 def _stacked(values: Sequence[torch.Tensor]) -> Any:

@@ -73,7 +73,7 @@ def _indexed(
     loader: DataLoader[Any] = DataLoader(
         dataset,
         sampler=OwnOrder(dataset, shuffle=options.shuffle, seed=options.seed, drop_last=drop_last),
-        collate_fn=ColumnCollate(options.output) if dataset.columnar else collate_fn,
+        collate_fn=collate_fn or ColumnCollate(options.output),
         drop_last=drop_last,
         **dataloader_options,
     )

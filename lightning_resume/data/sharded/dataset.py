@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 
 from lightning_resume.data import order
 from lightning_resume.data.position import Resumable
+from lightning_resume.data.scenarios import merged
 from lightning_resume.data.sharded.files import Files, Paths
 
 _NOT_BOUND = (
     "This dataset has no position of its own: its loader has. Make both with `ShardedDataset.create_dataloader(...)`,"
-    " or give the dataset to a DataLoader and this to `make_resumable`, a Trainer with ResumeCallback, or Fabric."
+    " keep the loader, or give the dataset to a DataLoader and this to `make_resumable`, a Trainer with ResumeCallback,"
+    " or Fabric."
 )
 
 
@@ -216,7 +218,10 @@ class ShardedDataset:
         Raises:
             CheckpointMismatchError: It belongs to other files or another order; nothing was changed.
         """
-        self._bound().load_state_dict(state_dict)  # type: ignore[arg-type]
+        loader = self._bound()
+        if isinstance(state_dict, Sequence):  # of an indexed dataset any rank's is that of all
+            state_dict = merged(state_dict) if "lanes" in state_dict[0] else state_dict[0]
+        loader.load_state_dict(state_dict)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes ``epoch`` the next. Within the same epoch the position is kept: it may be called after a load."""

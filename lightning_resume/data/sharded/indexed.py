@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_resume import _distributed
+from lightning_resume.data.sharded.columns import Columns
 from lightning_resume.data.sharded.dataset import Options, Output, ShardedDataset
 from lightning_resume.data.sharded.files import Files, Shard
 from lightning_resume.data.sharded.parquet import Parquet, UnitReader, to_batch
@@ -103,13 +105,13 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
 
 @final
 class ColumnCollate:
-    """Makes a batch of the rows that :meth:`IndexedDataset.fetch_keyed` gives as one table."""
+    """Makes a batch of the rows that :meth:`IndexedDataset.fetch_keyed` gives as one table, or of a list of rows."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
 
-    def __call__(self, table: pa.Table) -> Any:
-        return to_batch(table, self.output)
+    def __call__(self, rows: pa.Table | list[dict[str, Any]]) -> Any:
+        return Columns(self.output)(rows) if isinstance(rows, list) else to_batch(rows, self.output)
 
 
 @final
@@ -125,11 +127,12 @@ class OwnOrder(DistributedSampler[int]):
     def __init__(self, dataset: IndexedDataset, *, shuffle: bool, seed: int, drop_last: bool) -> None:
         self.dataset, self.shuffle, self.seed, self.drop_last = dataset, shuffle, seed, drop_last
 
+    # iterated over only in a loader that is not ours, as Lightning makes to predict with
     def __iter__(self) -> Any:
-        return iter(range(len(self.dataset)))
+        return iter(range(_distributed.rank(), len(self.dataset), _distributed.world_size()))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(range(_distributed.rank(), len(self.dataset), _distributed.world_size()))
 
     def set_epoch(self, epoch: int) -> None:
         """Epochs are counted by the loader."""
