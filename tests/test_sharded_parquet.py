@@ -291,7 +291,12 @@ def test_any_chain_of_topologies_serves_the_uninterrupted_order(
 def test_the_states_of_all_ranks_are_taken_as_a_list(folder: Path) -> None:
     whole, _ = serve(folder, None, [(2, 0, 4, ALL)])
     ranks = [make(folder, rank=rank, world_size=2) for rank in range(2)]
-    seen = [i for batches in zip(*[iter(loader) for loader, _ in ranks]) for b in batches for i in b["id"].tolist()][:8]
+    seen = [
+        i
+        for batches in zip(*[iter(loader) for loader, _ in ranks], strict=True)
+        for b in batches
+        for i in b["id"].tolist()
+    ][:8]
     ranks = [make(folder, rank=rank, world_size=2) for rank in range(2)]
     for loader, _ in ranks:
         next(iter(loader))
