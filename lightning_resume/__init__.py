@@ -5,6 +5,7 @@ from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, 
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.registry import register_adapter
 from lightning_resume.data.capabilities import Capabilities
+from lightning_resume.data.dispatch import dispatched
 from lightning_resume.data.mixture import Mixture
 from lightning_resume.data.order import Tail
 from lightning_resume.data.resumable import make_resumable
@@ -89,6 +90,7 @@ __all__ = [
     "Verification",
     "WeightedSampler",
     "consolidate",
+    "dispatched",
     "list_checkpoints",
     "make_resumable",
     "prune",

@@ -23,7 +23,6 @@ from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.resumable import make_resumable
-from lightning_resume.data.stream import StreamLoader
 from lightning_resume.run import describe, loader_component, loader_count, restore_rng, rng_component, saved_loader
 from lightning_resume.run_folder import RunFolder
 from lightning_resume.state import rng
@@ -368,8 +367,7 @@ class TrainerBinding:
         for loader in self._train_loaders():
             if resume is not None and self._loops.epoch_is_over():
                 loader.leave_epoch()
-            if isinstance(loader, StreamLoader):
-                loader.remember(self.trainer.accumulate_grad_batches + 1)
+            loader.remember(self.trainer.accumulate_grad_batches + 1)
         self._stopped = None
         if resume is not None:
             restore_rng(resume.components)

@@ -300,3 +300,16 @@ def test_a_map_style_position_holds_at_other_workers_and_batch_sizes(change: dic
         loader.load_state_dict(state)
         rest = [pair for indices, values in map(plain, loader) for pair in zip(indices, values, strict=True)]
         assert rest == samples[taken * BATCH :]
+
+
+def test_samples_without_batches_are_divided_into_as_many_steps_for_each_rank() -> None:
+    ranks = [
+        make_resumable(
+            DataLoader(Noisy(9), batch_size=None, shuffle=True), rank=rank, world_size=2, seed=3, shared=True
+        )
+        for rank in range(2)
+    ]
+    epochs = [[plain(batch) for batch in loader] for _ in range(2) for loader in ranks]
+    assert [len(epoch) for epoch in epochs] == [5, 5, 4, 4]
+    seen = [index for epoch in epochs for index, _ in epoch]
+    assert sorted(seen) == sorted([*range(9), *range(9)])

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -25,6 +25,8 @@ from lightning_resume.data.randomness import (
     KeyedCollate,
     KeyedDataset,
     Request,
+    StepDataset,
+    as_it_is,
     keyed_seed,
     keys_each_sample,
     worker_init,
@@ -44,6 +46,12 @@ class Share:
     batch_size: int = 1
     default: bool = False
     """Whether nobody has chosen rank and world size, so that a strategy may."""
+    whole: bool = False
+    """Whether this process makes the batches of all ranks: a step's batch is then a list of them."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        return range(self.world_size) if self.whole else (self.rank,)
 
 
 class ElasticLoader(Resumable):
@@ -83,7 +91,7 @@ class ElasticLoader(Resumable):
     def _start(self) -> order.OrderState:
         """Where this iteration, or the next, begins."""
         if not self._measured:
-            readers = self._share.world_size * max(1, self.num_workers)
+            readers = (1 if self._share.whole else self._share.world_size) * max(1, self.num_workers)
             self._source.plan(readers=readers, batch_size=self._share.batch_size)
             self._start = dataclasses.replace(self._known_start, length=self._source.length)
             enough_for_all(self._start.length, self._share.world_size)
@@ -101,6 +109,25 @@ class ElasticLoader(Resumable):
         super().share_by_default(rank=rank, world_size=world_size)
         if self._share.default:
             self._share = dataclasses.replace(self._share, rank=rank, world_size=world_size)
+
+    def make_for_all(self, world_size: int) -> None:
+        """From here on makes the batches of ``world_size`` ranks: a list of them is one batch."""
+        if self._measured:
+            enough_for_all(self._source.length, world_size)
+        self._share = dataclasses.replace(self._share, rank=0, world_size=world_size, default=False, whole=True)
+        self._ranks, self.sharing = None, Sharing.REPLICATED  # no rank but this one draws, so it is no order of its own
+        if isinstance(self._source, BatchRequests) and self._known_start.tail is order.Tail.EVEN:
+            # the user's batches are not put together to make the last step even
+            self._known_start = dataclasses.replace(self._known_start, tail=order.Tail.CARRY)
+
+    @property
+    def is_sized(self) -> bool:
+        return _is_sized(self._source)
+
+    @property
+    def changes_batches(self) -> bool:
+        """Whether the user's class does something to the batches on their way out."""
+        return not type(self._user_loader).__iter__.__module__.startswith(("torch.utils.data.", "torchdata."))
 
     @property
     def elastic(self) -> bool:
@@ -189,31 +216,34 @@ class ElasticLoader(Resumable):
 
     def _make_engine(self) -> DataLoader[Any]:
         engine = copy.copy(without_state(self._user_loader))
-        dataset = KeyedDataset(self._user_loader.dataset, self._start.seed)
+        dataset: KeyedDataset = KeyedDataset(self._user_loader.dataset, self._start.seed)
         requests = Requests(self)
         batched = self._user_loader.batch_sampler is not None
+        collate: Callable[[Any], Any] = KeyedCollate(self._user_loader.collate_fn, dataset)
+        if self._share.whole:
+            dataset, collate = StepDataset(dataset, collate, batched=batched), as_it_is
         # DataLoader refuses these assignments after construction; the copy has not been iterated over yet
         engine.__dict__.update(
             dataset=dataset,
-            batch_sampler=requests if batched else None,
+            batch_sampler=requests if batched or self._share.whole else None,
             sampler=requests,
-            collate_fn=KeyedCollate(self._user_loader.collate_fn, dataset),
+            collate_fn=collate,
             worker_init_fn=worker_init(self.worker_init_fn),
             generator=torch.Generator(),
             _iterator=None,
         )
         return engine
 
-    def requests(self) -> Iterator[list[Request]]:
-        """This rank's samples of each remaining step of the epoch."""
-        start = self._start
+    def requests(self) -> Iterator[Any]:
+        """This rank's samples of each remaining step of the epoch; with a whole share a list of every rank's."""
+        start, share = self._start, self._share
         for step in range(order.steps_left(start, **self._counts)):
             window = order.window(start, step, **self._counts)
-            mine = order.rank_slice(*window, rank=self._share.rank, world_size=self._share.world_size)
-            requests = self._source.take(start, *mine)
-            if requests:
-                yield requests
-            if len(requests) < mine[1] - mine[0]:
+            slices = [order.rank_slice(*window, rank=rank, world_size=share.world_size) for rank in share.ranks]
+            batches = [self._source.take(start, *one) for one in slices]
+            if all(batches):
+                yield batches if share.whole else batches[0]
+            if any(len(batch) < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
                 return  # an unsized sampler has come to its end
 
     def _state(self, behind: int) -> dict[str, Any]:
@@ -303,7 +333,8 @@ class Requests:
 
     def __iter__(self) -> Iterator[Any]:
         requests = self.loader.requests()
-        return requests if self.loader.batch_sampler is not None else (one for batch in requests for one in batch)
+        flat = self.loader.batch_sampler is None and not self.loader._share.whole
+        return (one for batch in requests for one in batch) if flat else requests
 
     def __len__(self) -> int:
         return len(self.loader)

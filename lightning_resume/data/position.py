@@ -46,6 +46,10 @@ class Resumable(Scenarios):
         used = self._taken > 0 or self._at_end() or self._left
         if not self._resumed and used and not self._only_peeked():
             self._next_epoch()
+        return self._open()
+
+    def _open(self) -> Iterator[Any]:
+        """An iteration from here, whatever was iterated over before."""
         self._resumed = False
         self._taken = self._stepped = 0
         self._ended = self._left = False
@@ -89,6 +93,9 @@ class Resumable(Scenarios):
         ``before_pending`` is called before the first batch is fetched that no step has followed yet.
         """
         self._watched, self._before_pending = True, before_pending
+
+    def remember(self, batches: int) -> None:
+        """Says how many batches ``state_dict(behind=...)`` will at most go back."""
 
     def _only_peeked(self) -> bool:
         """Whether batches were looked at (``next(iter(loader))``) but none was used: the iteration did not count."""

@@ -131,6 +131,24 @@ class KeyedCollate:
             return self.collate_fn(samples)
 
 
+class StepDataset(KeyedDataset):
+    """Makes the batches of all ranks for a step: one batch of this dataset is a list of them, collated already."""
+
+    def __init__(self, keyed: KeyedDataset, collate: Callable[[Any], Any], *, batched: bool) -> None:
+        super().__init__(keyed.dataset, keyed.seed)
+        self._keyed, self._collate, self._batched = keyed, collate, batched
+
+    def __getitems__(self, requests: Sequence[Any]) -> list[Any]:
+        return [
+            self._collate(self._keyed.__getitems__(of_rank) if self._batched else self._keyed[of_rank[0]])
+            for of_rank in requests
+        ]
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class EpochCell:
     """The epoch, readable in workers that were started in an earlier one (``persistent_workers``)."""
 

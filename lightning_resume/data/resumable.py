@@ -105,7 +105,7 @@ def _elastic(
         start=order.OrderState(
             seed=key,
             length=UNSIZED if source.lazy else source.length,
-            tail=_tail(loader, tail, custom_batches=custom_batches),
+            tail=_tail(loader, tail),
             shuffle=source.shuffle,
             fingerprint=fingerprint(loader.dataset),
         ),
@@ -125,6 +125,14 @@ def _sampling(loader: DataLoader[Any]) -> tuple[Any, int]:
         return batches, 1
     # not the loader's own: of one that is given a batch sampler, sampler and batch_size mean nothing
     return batches.sampler, batches.batch_size
+
+
+def _tail(loader: DataLoader[Any], tail: order.Tail | None) -> order.Tail:
+    """What becomes of the samples that do not fill a step."""
+    unbatched, custom = loader.batch_sampler is None, not _is_stock(loader.batch_sampler, BatchSampler)
+    tail = tail or (order.Tail.DROP if _drops_last(loader) and (unbatched or not custom) else order.Tail.EVEN)
+    # a sample that comes without a batch, `batch_size=None`, has no place for another of the tail
+    return order.Tail.CARRY if unbatched and tail is order.Tail.EVEN else tail
 
 
 def _shared_source(loader: DataLoader[Any], sampler: Any, key: int) -> Source:
@@ -191,12 +199,6 @@ def _length(loader: DataLoader[Any]) -> int:
             f"The dataset {type(loader.dataset).__name__} has no `__len__`. Add one, or make it an IterableDataset."
         )
     return len(loader.dataset)
-
-
-def _tail(loader: DataLoader[Any], tail: order.Tail | None, *, custom_batches: bool) -> order.Tail:
-    chosen = tail or (order.Tail.DROP if _drops_last(loader) and not custom_batches else order.Tail.EVEN)
-    # of samples that are not batched, one more on some ranks is a step that the others do not take
-    return order.Tail.CARRY if chosen is order.Tail.EVEN and loader.batch_sampler is None else chosen
 
 
 def _drops_last(loader: DataLoader[Any]) -> bool:

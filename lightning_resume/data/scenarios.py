@@ -103,20 +103,22 @@ class Scenarios(abc.ABC):
         in_step(f"restore_state_global(src_rank={src_rank}) of the {self._kind()} loader", timeout=timeout)
         _check_rank("src_rank", src_rank)
         if src_rank is None:
-            mine = _distributed.agree("reading the saved state", lambda: self._parts(state)[_distributed.rank()])
+            mine = _distributed.agree(
+                "reading the saved state", lambda: self._state_of_each(state)[_distributed.rank()]
+            )
         else:
-            mine = self._receive(state, src_rank)
+            mine = self._receive_state(state, src_rank)
         _distributed.agree("checking the saved state", lambda: self.check(mine))
         _distributed.agree("restoring the position", lambda: self.load_state_dict(mine))
 
-    def _receive(self, state: Mapping[str, Any] | None, src_rank: int) -> Mapping[str, Any]:
-        make: Callable[[], list[Any]] = lambda: self._parts(state)  # noqa: E731
+    def _receive_state(self, state: Mapping[str, Any] | None, src_rank: int) -> Mapping[str, Any]:
+        make: Callable[[], list[Any]] = lambda: self._state_of_each(state)  # noqa: E731
         parts = _distributed.agree("reading the saved state", make if _distributed.rank() == src_rank else list)
         alike = bool(parts) and all(part is parts[0] for part in parts)
         shared = _distributed.broadcast_object(parts[0] if alike else None, src_rank)
         return _distributed.scatter_object(parts, src_rank) if shared is None else shared
 
-    def _parts(self, gathered: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    def _state_of_each(self, gathered: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         """The state that each rank goes on from."""
         if gathered is None or _what(gathered) != _OF_ALL:
             raise ValueError(
