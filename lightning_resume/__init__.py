@@ -13,6 +13,8 @@ from lightning_resume.data.sample_rng import sample_rng
 from lightning_resume.data.sampler import ElasticSampler, ResumableDataLoader
 from lightning_resume.data.sharded.dataset import ShardedDataset
 from lightning_resume.data.sharded.grouping import BatchByLength, Packing
+from lightning_resume.data.sharded.mapped import stream_of
+from lightning_resume.data.sharded.mixing import StreamMixture
 from lightning_resume.data.weighted import WeightedSampler
 from lightning_resume.errors import (
     CheckpointCorruptError,
@@ -84,6 +86,7 @@ __all__ = [
     "ShardedDataset",
     "StaleCheckpointWarning",
     "StorageError",
+    "StreamMixture",
     "Tail",
     "UnsafeCheckpointError",
     "UnsafeResumeWarning",
@@ -96,5 +99,6 @@ __all__ = [
     "prune",
     "register_adapter",
     "sample_rng",
+    "stream_of",
     "verify",
 ]

@@ -108,8 +108,9 @@ def chained(
             if step is None:
                 alone = Ranks(create, 1, states=ranks.states(), batch_size=batch_size)
                 following = read(alone.epoch())
-                fresh = read(Ranks(create, 1, batch_size=batch_size).epoch())
-                for item in fresh:
+                fresh = Ranks(create, 1, batch_size=batch_size)
+                fresh.epoch()
+                for item in read(fresh.epoch()):
                     following.remove(item)
                 assert len(following) < world_size
                 return seen, following

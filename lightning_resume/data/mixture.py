@@ -67,7 +67,7 @@ class Mixture(Dataset[Any]):
         self.seed = seed
         self._in_order = [source_of(dataset, shuffle=False) for dataset in self.datasets]
         lengths = [source.length for source in self._in_order]
-        self.shares = _shares(lengths if weights is None else weights, lengths)
+        self.shares = shares_of(lengths if weights is None else weights, lengths)
         if length is not None and (stop is not None or length < 1):
             raise ValueError(f"length is {length} and stop is {stop!r}: pass one of them, and a length of at least 1.")
         self._length = _length(self.shares, lengths, stop or "first_exhausted") if length is None else length
@@ -255,7 +255,8 @@ def _joined(texts: Iterator[str]) -> str:
     return "; ".join(sorted(set(texts) - {"O(1)"})) or "O(1)"
 
 
-def _shares(weights: Sequence[float], lengths: Sequence[int]) -> list[Fraction]:
+def shares_of(weights: Sequence[float], lengths: Sequence[int]) -> list[Fraction]:
+    """The weights as exact parts of 1; ``lengths`` are the datasets'."""
     if len(weights) != len(lengths) or not lengths:
         raise ValueError(f"There are {len(lengths)} datasets and {len(weights)} weights: pass one weight for each.")
     for number, (weight, length) in enumerate(zip(weights, lengths, strict=True)):

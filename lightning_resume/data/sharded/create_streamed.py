@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_resume.data import order
 from lightning_resume.data.sharded.dataset import Options, ShardedDataset
-from lightning_resume.data.sharded.files import Paths, list_files
+from lightning_resume.data.sharded.files import Files, Paths, list_files
 from lightning_resume.data.sharded.formats.format import Format
 from lightning_resume.data.sharded.formats.lines import JsonLines, TextLines
 from lightning_resume.data.sharded.formats.rows import ParquetRows
@@ -25,6 +25,10 @@ FORMATS = ("jsonl", "text", "tar", "webdataset", "parquet")
 @final
 class StreamedDataset(ShardedDataset, IterableDataset[Any]):
     """Files that do not say how many samples they hold, or of which not all samples are taken one by one."""
+
+    def __init__(self, files: Files, options: Options, format: Format) -> None:
+        super().__init__(files, options)
+        self.format = format
 
     def __iter__(self) -> Any:
         raise TypeError(
@@ -53,10 +57,10 @@ def create(
         raise ValueError(f"tail is {tail.value!r}, which a {format} stream cannot have; pass 'even' or 'drop'.")
     reads = _format(format, options)
     files = list_files(path, suffixes=reads.suffixes, storage_options=storage_options)
-    dataset = StreamedDataset(files, options)
+    dataset = StreamedDataset(files, options, reads)
     loader = StreamedLoader(
         dataset,
-        source=file_source(dataset, reads),
+        source=file_source(files, options, reads),
         group=group,
         seed=options.seed,
         share=share,
@@ -72,8 +76,8 @@ def create(
     return loader, dataset
 
 
-def file_source(dataset: StreamedDataset, reads: Format) -> FileSource:
-    files, options = dataset.files, dataset.options
+def file_source(files: Files, options: Options, reads: Format) -> FileSource:
+    """The lanes of some files."""
     maker = Maker(
         reads.decode,
         columns=None if isinstance(reads, ParquetRows) else options.columns,

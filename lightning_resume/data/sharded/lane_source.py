@@ -21,6 +21,10 @@ _LARGEST = 2**30
 """Bytes that a saved table of files may unpack to."""
 
 
+_EPOCHS_KEPT = 2
+"""Of which it is known how the files are dealt: an epoch may take up what another has left."""
+
+
 class LaneSource(abc.ABC):
     """Divides an epoch into lanes, in the main process."""
 
@@ -86,13 +90,17 @@ class FileSource(LaneSource):
     def _adopt(self, shards: Sequence[Shard], grown: list[tuple[int, int]]) -> None:
         self._shards, self._grown = tuple(shards), grown
         self._packed: bytes | None = None
-        self._dealt = functools.lru_cache(maxsize=2)(self._deal)
+        self._dealt: dict[tuple[int, int], list[tuple[Piece, ...]]] = {}
 
     def facts(self) -> Mapping[str, Any]:
         return {"window": self._window, "seed": self._seed}
 
     def lane(self, lane: Lane, lanes: int, cursor: Cursor) -> FileLane:
-        pieces = self._dealt(lane.epoch, lanes)[lane.number]
+        if (lane.epoch, lanes) not in self._dealt:
+            while len(self._dealt) >= _EPOCHS_KEPT:
+                del self._dealt[next(iter(self._dealt))]
+            self._dealt[lane.epoch, lanes] = self._deal(lane.epoch, lanes)
+        pieces = self._dealt[lane.epoch, lanes][lane.number]
         first = cursor.place[0] if cursor.place else 0
         return FileLane(lane.epoch, first, pieces[first:])
 

@@ -55,10 +55,11 @@ class ThisProcess(Processes):
         (self._plan,) = plans
 
     def answer(self, process: int) -> Answer:
+        plan, self._plan = self._plan, None
+        if not self._reader.draws:
+            return self._reader.answer(plan)
         with rng.preserved():
-            answer = self._reader.answer(self._plan)
-        self._plan = None
-        return answer
+            return self._reader.answer(plan)
 
     def rest(self) -> None:
         self._reader.close()

@@ -7,12 +7,11 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, final
 
-from lightning_resume.data.randomness import keyed_seed
+from lightning_resume.data.sample_rng import making
 from lightning_resume.data.sharded import tail
 from lightning_resume.data.sharded.grouping import Group, Unit
 from lightning_resume.data.sharded.lanes import IN_TAIL, Cursor, Lane
-from lightning_resume.data.sharded.records import LaneReader
-from lightning_resume.state import rng
+from lightning_resume.data.sharded.records import LaneReader, key_random_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +61,16 @@ class Reader:
         lanes: Reads lanes.
         group: Makes units of samples.
         collate: Makes a batch of a list of samples.
-        draws: Whether ``collate`` may draw random numbers, so that these have to be keyed.
+        collate_draws: Whether ``collate`` may draw random numbers, so that these have to be keyed.
         seed: Keys them.
     """
 
     def __init__(
-        self, lanes: LaneReader, group: Group, collate: Callable[[list[Any]], Any], *, draws: bool, seed: int
+        self, lanes: LaneReader, group: Group, collate: Callable[[list[Any]], Any], *, collate_draws: bool, seed: int
     ) -> None:
-        self.lanes, self.group, self.collate, self.draws, self.seed = lanes, group, collate, draws, seed
+        self.lanes, self.group, self.collate, self.seed = lanes, group, collate, seed
+        self._collate_draws = collate_draws
+        self.draws = collate_draws or lanes.draws
         self._answers: Iterator[Answer] = iter(())
         self._plan = -1
 
@@ -79,7 +80,8 @@ class Reader:
             self.close()
             self._plan = plan.number
             self._answers = self._tail(plan) if plan.tail else self._turns(plan)
-        return next(self._answers, None) or Answer(self._plan, None, {}, ALL)
+        with making():
+            return next(self._answers, None) or Answer(self._plan, None, {}, ALL)
 
     def close(self) -> None:
         """Closes the files that are open."""
@@ -136,6 +138,6 @@ class Reader:
 
     def _batch(self, units: list[Unit]) -> Any:
         samples = [sample for unit in units for sample in unit.made()]
-        if self.draws:
-            rng.seed_all(keyed_seed("batch", self.seed, *units[0].identity))
+        if self._collate_draws:
+            key_random_numbers("batch", self.seed, *units[0].identity)
         return self.collate(samples)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 from lightning_resume.data.order import Permutation
 from lightning_resume.data.randomness import keyed_seed
+from lightning_resume.data.sample_rng import now_making
 from lightning_resume.data.sharded.blocks import Place
 from lightning_resume.data.sharded.files import Files
 from lightning_resume.data.sharded.formats.format import Format, Piece
@@ -32,6 +33,12 @@ class Found(NamedTuple):
     after: Where
 
 
+def key_random_numbers(*key: object) -> None:
+    """Seeds all generators for what is made next, those that ``sample_rng()`` gives too."""
+    rng.seed_all(keyed_seed(*key))
+    now_making(key, [key])
+
+
 class Maker:
     """Makes samples of records: decodes, selects columns, filters, transforms. Runs where the batch is made.
 
@@ -41,6 +48,7 @@ class Maker:
         filter: Of a sample; see :class:`~lightning_resume.data.sharded.dataset.Options`.
         transform: Of a sample.
         seed: Keys the random numbers.
+        decode_draws: Whether ``decode`` is the user's, too.
     """
 
     def __init__(
@@ -51,30 +59,41 @@ class Maker:
         filter: Callable[[Any], bool] | None = None,
         transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        decode_draws: bool = False,
     ) -> None:
         self._decode, self._columns, self.filter, self._transform = decode, columns, filter, transform
-        self._seed = seed
+        self._seed, self._decode_draws = seed, decode_draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything of the user's runs that may draw random numbers."""
+        return self._decode_draws or self.filter is not None or self._transform is not None
 
     def kept(self, found: Found) -> Any:
         """The sample before its transform, or ``LEFT_OUT``."""
         _, path, key = found.identity
+        if self._decode_draws:
+            key_random_numbers("item", self._seed, *found.identity)
         sample = self._decode(found.content, path, key)
         if self._columns is not None:
             sample = _selected(sample, self._columns, path)
         if self.filter is None:
             return sample
-        rng.seed_all(keyed_seed("filter", self._seed, *found.identity))
+        key_random_numbers("filter", self._seed, *found.identity)
         return sample if self.filter(sample) else LEFT_OUT
 
     def transformed(self, found: Found, sample: Any) -> Any:
         if self._transform is None:
             return sample
-        rng.seed_all(keyed_seed("sample", self._seed, *found.identity))
+        key_random_numbers("sample", self._seed, *found.identity)
         return self._transform(sample)
 
 
 class LaneReader(abc.ABC):
     """Reads lanes, in the process that makes the batches; what differs from epoch to epoch comes with ``lane``."""
+
+    draws: bool
+    """Whether samples may draw random numbers."""
 
     @abc.abstractmethod
     def records(self, lane: Any, where: Where) -> Iterator[Found]:
@@ -99,6 +118,7 @@ class FileReader(LaneReader):
     ) -> None:
         self._files, self._format, self._maker = files, format, maker
         self._window, self._shuffle, self._seed = window or format.default_window, shuffle, seed
+        self.draws = maker.draws
 
     def records(self, lane: FileLane, where: Where) -> Iterator[Found]:
         number, entry, offset, served = where or begin_of(lane, lane.first)

@@ -87,7 +87,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         DataLoader.__init__(
             self, dataset, batch_size, collate_fn=make, persistent_workers=persistent_workers, **options
         )
-        self._reader = Reader(source.reader, self.group, make, draws=not isinstance(make, Columns), seed=seed)
+        self._reader = Reader(source.reader, self.group, make, collate_draws=not isinstance(make, Columns), seed=seed)
 
     # -- what it is
 
