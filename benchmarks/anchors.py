@@ -114,6 +114,61 @@ class Sharded(Way):
         return loaded(loader, state)
 
 
+class Streamed(Way):
+    """Our dataset of files that do not say how many rows they hold, shuffled in windows."""
+
+    def __init__(self, format: str, workers: int) -> None:
+        self.format, self.workers = format, workers
+        self.name = f"ShardedDataset, {format}, {workers} workers"
+
+    def folder(self, data: Data) -> Path:
+        return data.folder / self.format
+
+    def prepare(self, data: Data) -> None:
+        write = {"jsonl": write_json_lines, "text": write_text, "tar": write_tar}[self.format]
+        write(self.folder(data), data)
+
+    def open(self, data: Data, state: Any = None) -> Any:
+        options: dict[str, Any] = {"format": self.format, "seed": SEED, "num_workers": self.workers}
+        loader, _ = ShardedDataset.create_dataloader(
+            str(self.folder(data)), batch_size=data.batch_size, shuffle=True, **options
+        )
+        return loaded(loader, state)
+
+    def ids(self, batch: Any) -> list[int]:
+        if self.format == "text":
+            return [int(text, 16) for text in batch]
+        return list(map(int, batch["__key__"])) if self.format == "tar" else super().ids(batch)
+
+
+def write_json_lines(folder: Path, data: Data) -> None:
+    for file, rows in shards(folder, data, "jsonl"):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(folder: Path, data: Data) -> None:
+    for file, rows in shards(folder, data, "txt"):
+        file.write_text("".join(row["text"] + "\n" for row in rows))
+
+
+def write_tar(folder: Path, data: Data) -> None:
+    for file, rows in shards(folder, data, "tar"):
+        with tarfile.open(file, "w") as tar:
+            for row in rows:
+                member = tarfile.TarInfo(f"{row['id']:09d}.txt")
+                member.size = len(row["text"])
+                tar.addfile(member, io.BytesIO(row["text"].encode()))
+
+
+def shards(folder: Path, data: Data, suffix: str) -> Iterator[tuple[Path, list[Any]]]:
+    """A file to write for each parquet file, and its rows; none where they have been written."""
+    if folder.exists():
+        return
+    folder.mkdir()
+    for number, file in enumerate(data.files):
+        yield folder / f"part-{number:03d}.{suffix}", pq.read_table(file).to_pylist()
+
+
 class Elastic(Way):
     """Our order of a map-style dataset."""
 
@@ -308,20 +363,15 @@ class Energon(Way):
     remark = "rows in tar files"
 
     def folder(self, data: Data) -> Path:
-        return data.folder / "energon"
+        return data.folder / "tar"
 
     def prepare(self, data: Data) -> None:
         from megatron.energon.flavors import BaseWebdatasetFactory
 
         folder = self.folder(data)
-        (folder / ".nv-meta").mkdir(parents=True)
-        shards = [f"shard-{number:03d}.tar" for number in range(len(data.files))]
-        for shard, file in zip(shards, data.files, strict=True):
-            with tarfile.open(folder / shard, "w") as tar:
-                for row in pq.read_table(file).to_pylist():
-                    member = tarfile.TarInfo(f"{row['id']:09d}.txt")
-                    member.size = len(row["text"])
-                    tar.addfile(member, io.BytesIO(row["text"].encode()))
+        write_tar(folder, data)
+        (folder / ".nv-meta").mkdir()
+        shards = sorted(file.name for file in folder.glob("*.tar"))
         BaseWebdatasetFactory.prepare_dataset(folder, shards, split_parts_ratio=[("train", 1.0)], workers=2)
         kind = {"__module__": "megatron.energon", "__class__": "TextWebdataset", "field_map": {"text": "txt"}}
         (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))  # JSON is YAML, too
@@ -349,6 +399,7 @@ def ways() -> list[Way]:
     return [
         Sharded(0),
         Sharded(2),
+        *(Streamed(format, workers) for format in ("jsonl", "text", "tar") for workers in (0, 2)),
         Elastic(0),
         Skipping(),
         StatefulMap(0),

@@ -139,24 +139,24 @@ def in_a_process(act: Callable[[], Any]) -> Any:
 # -- the rounds
 
 
-def measure(data: Data, chosen: Sequence[Way], *, rounds: int) -> list[Seen]:
+def measure(data: Data, chosen: Sequence[Way], *, rounds: int, epochs: int) -> list[Seen]:
     seen = {way.name: Seen(name=way.name, remark=way.remark) for way in chosen}
-    epochs: dict[str, Epoch] = {}
+    whole: dict[str, Epoch] = {}
     for way in chosen:
         in_a_process(lambda way=way: way.prepare(data))
-    for _ in range(rounds):
+    for _ in range(epochs):
         for way in chosen:
             print(f"  an epoch of {way.name}", file=sys.stderr, flush=True)
-            epochs[way.name] = epoch = in_a_process(lambda way=way: run_epoch(way, data))
+            whole[way.name] = epoch = in_a_process(lambda way=way: run_epoch(way, data))
             seen[way.name].rows_per_second.append(len(epoch.ids) / epoch.seconds)
-    for name, epoch in epochs.items():
+    for name, epoch in whole.items():
         seen[name].state_seconds, seen[name].state_bytes = epoch.state_seconds, len(epoch.states[COUNTED])
         seen[name].epoch_is_whole = sorted(epoch.ids) == list(range(data.rows))
-    resumable = [way for way in chosen if pickle.loads(epochs[way.name].states[COUNTED]) is not None]
+    resumable = [way for way in chosen if pickle.loads(whole[way.name].states[COUNTED]) is not None]
     for way in resumable:
-        count_the_rest(way, data, epochs[way.name], seen[way.name])
+        count_the_rest(way, data, whole[way.name], seen[way.name])
     for _, point, way in itertools.product(range(rounds), POINTS, resumable):
-        epoch, line = epochs[way.name], seen[way.name]
+        epoch, line = whole[way.name], seen[way.name]
         print(f"  {way.name} after {point} %", file=sys.stderr, flush=True)
         state = epoch.states[point]
         seconds, [ids] = in_a_process(lambda way=way, state=state: resume(way, data, state, to_the_end=False))
@@ -226,8 +226,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         data = Data(folder=Path(folder), rows=options.rows, batch_size=options.batch_size)
         in_a_process(lambda: write_data(data, files=options.files, row_group=options.row_group))
-        seen = measure(data, chosen, rounds=options.rounds)
-    print(f"{options.rows:,} rows in {options.files} files, batches of {options.batch_size}; {options.rounds} rounds")
+        seen = measure(data, chosen, rounds=options.rounds, epochs=options.epochs)
+    print(
+        f"{options.rows:,} rows in {options.files} files, batches of {options.batch_size}; medians of {options.rounds}"
+    )
     print(table(seen))
     if options.output:
         machine = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
@@ -241,7 +243,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=20)
     parser.add_argument("--row-group", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="resumes at each point")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs read for the rows per second")
     parser.add_argument("--only", action="append", help="only ways whose name has this in it; may be given again")
     parser.add_argument("--output", help="a JSON file for all figures")
     parser.add_argument("--folder", help="where to write the data (default: the folder for temporary files)")

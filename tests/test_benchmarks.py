@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("ShardedDataset, parquet, 0 workers", "ShardedDataset, parquet, 2 workers", "make_resumable, map-style")
+OURS = ("ShardedDataset, parquet", "ShardedDataset, jsonl, 0", "ShardedDataset, tar, 0", "make_resumable, map-style")
 OTHERS = ("map-style, 0 workers", "stateless iterable, 0", "Hugging Face", "pyarrow")
 
 
@@ -32,7 +32,7 @@ def test_each_way_gives_an_epoch_and_all_but_the_lossy_one_go_on_with_the_right_
     output: tuple[str, dict[str, dict[str, Any]]],
 ) -> None:
     ways = output[1]
-    assert sum(name.startswith(OURS) for name in ways) == 3
+    assert sum(name.startswith(OURS) for name in ways) == 5
     assert all(way["epoch_is_whole"] for way in ways.values())
     right = {name: way for name, way in ways.items() if way["lost"] == way["repeated"] == 0}
     assert ways.keys() - right.keys() <= {"Hugging Face iterable, shuffle(), 0 workers", "pyarrow iter_batches"}
