@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anchors import Data, Way, ways, write_data
+from anchors import Way, ways
+from rows import Data, write_data
 
 POINTS = (10, 50, 90)
 """Where an epoch is stopped, in percent."""

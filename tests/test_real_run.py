@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.real_run import STACKS, TINY, Data, Kill, Run, check, compare, make_data, run_legs, whole
+from tests.real_legs import TINY, Data, Kill, make_data
+from tests.real_run import STACKS, Run, check, compare, run_legs, whole
 
 OPTIONS: dict[str, Any] = {"save_every": TINY.save_every, "seed": 0, "seconds": 120.0}
 
