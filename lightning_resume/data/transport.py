@@ -127,11 +127,13 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, content: bytes, buffers: Sequence[torch.Tensor], tensors: int) -> None:
         super().__init__(io.BytesIO(content), buffers=[buffer.numpy() for buffer in buffers[tensors:]])
         self._buffers = buffers
+        self._made: dict[int, torch.Tensor] = {}
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         index, dtype, shape = pid
-        tensor: torch.Tensor = self._buffers[index].view(dtype).reshape(shape)
-        return tensor
+        if index not in self._made:  # a tensor that was there twice is one tensor again
+            self._made[index] = self._buffers[index].view(dtype).reshape(shape)
+        return self._made[index]
 
 
 def _is_plain(obj: Any) -> bool:
