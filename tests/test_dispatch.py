@@ -24,6 +24,7 @@ from lightning_resume import (
     ResumableDDPStrategy,
     ResumableSingleDeviceStrategy,
     ResumeCallback,
+    ShardedDataset,
     dispatched,
     make_resumable,
 )
@@ -32,6 +33,7 @@ from tests import runs
 from tests.harness import Launch, Zygote, die, zygote
 from tests.test_loaders import stored
 from tests.toy_data import Buckets, Endless, Noisy, Plain, Reversing, Stateful, plain
+from tests.toy_shards import TOTAL, write_parquet
 
 SAMPLES = 23
 
@@ -399,3 +401,35 @@ def in_order(folder: Path) -> list[tuple[int, float]]:
             known.clear()
         known.append(line)
     return [sample for step in steps.values() for line in step for sample in zip(*line["batch"], strict=True)]
+
+
+def check_sharded(folder: Path) -> None:
+    """Rank 0 reads all files, although by default the loader would divide them over the process group."""
+    rank, world_size = group()
+    for format in ("parquet", "jsonl"):
+
+        def made(format: str = format) -> Any:
+            options = {"format": format, "batch_size": 4, "seed": 3, "shuffle": format == "parquet"}
+            return ShardedDataset.create_dataloader(folder / format, **options)[0]  # type: ignore[arg-type]
+
+        loader = dispatched(only_rank_0(made))
+        seen, states = [], []
+        for batch in loader:
+            seen.append(batch["id"].tolist())
+            states.append(loader.save_state_global())
+        of_all: list[Any] = [None] * world_size
+        dist.all_gather_object(of_all, sum(seen, []))  # noqa: RUF017
+        whole = sum(of_all, [])  # noqa: RUF017
+        left_over = 0 if format == "parquet" else 4  # of the batches in turn, one at most opens the next epoch
+        assert len(set(whole)) == len(whole) >= TOTAL - left_over
+        again = dispatched(only_rank_0(made))
+        again.restore_state_global(None if rank else stored(states[2]))
+        assert [batch["id"].tolist() for batch in again] == seen[3:]
+
+
+def test_sharded_files_are_read_by_rank_0_alone(ranks: Zygote, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "parquet")
+    (tmp_path / "jsonl").mkdir()
+    lines = [json.dumps({"id": number}) for number in range(TOTAL)]
+    (tmp_path / "jsonl" / "part.jsonl").write_text("\n".join(lines))
+    launch(ranks, check_sharded, tmp_path)

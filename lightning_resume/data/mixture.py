@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from lightning_resume.data import order
 from lightning_resume.data.fingerprint import fingerprint
-from lightning_resume.data.randomness import Request, SampleSeeds, fetch, keyed_seed
+from lightning_resume.data.randomness import Request, SampleSeeds, fetch, keyed_seed, keys_each_sample
 from lightning_resume.data.source import Permuted, Source
 from lightning_resume.errors import CheckpointMismatchError
 
@@ -97,6 +97,10 @@ class Mixture(Dataset[Any]):
         """Where an elastic loader takes its order from."""
         sources = [source_of(dataset, shuffle=shuffle) for dataset in self.datasets]
         return MixtureSource(self, sources, shuffle=shuffle)
+
+    @property
+    def keys_each_sample(self) -> bool:
+        return all(map(keys_each_sample, self.datasets))
 
     @property
     def fingerprint(self) -> str:

@@ -113,6 +113,9 @@ def keys_each_sample(dataset: Any) -> bool:
 
     Hugging Face's gives its transform the whole batch, and draws nothing where it has none.
     """
+    own = getattr(dataset, "keys_each_sample", None)
+    if isinstance(own, bool):
+        return own
     if callable(getattr(dataset, "fetch_keyed", None)) or not _fetches_batches(dataset):
         return True
     return is_hugging_face(dataset) and dataset.format["type"] != "custom"
