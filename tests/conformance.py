@@ -28,6 +28,7 @@ import dataclasses
 import itertools
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state.component import Sharing
 from tests.chained_runs import ENDLESS_STEPS, EPOCHS, Account, Leg, allowed, chains_of
 from tests.chained_runs import check as check_chain
-from tests.harness import Launch, zygote
+from tests.harness import ROOT, Launch, zygote
 from tests.killed_consumer import Record
 from tests.loader_runs import ALONE, TWO_RANKS, WITH_WORKERS, LoaderRuns
 from tests.simulated_ranks import Ranks, Topology, bits, stored
@@ -252,7 +253,7 @@ class LoaderConformance(LoaderRuns):
         workers = topology.num_workers
         for _ in range(int(os.environ.get(KILLS, 1))):
             taken = len(record.read().steps)
-            kill = {"step": chance.randrange(taken, len(whole)), "seconds": chance.uniform(0, 0.02)}
+            kill = {"step": chance.randint(taken, len(whole)), "seconds": chance.uniform(0, 0.02)}
             self._consume(folder, tmp_path, num_workers=workers, kill=kill)
             if workers and capabilities.num_workers is Change.ELASTIC:
                 workers = 3 - workers
@@ -359,7 +360,7 @@ class LoaderConformance(LoaderRuns):
                 run = self.resumed(run.point(), following.topology, folder)
                 seen.resumes += 1
         run = self.begun(legs[0].topology, folder)
-        while run.ended <= EPOCHS if self.length else len(whole.all()[0]) < len(seen.all()[0]):
+        while (self.length and run.ended <= EPOCHS) or len(whole.all()[0]) < len(seen.all()[0]):
             whole.take(run, legs[0].topology, samples)
         check_chain(seen, whole, legs, capabilities, self.tail)
 
@@ -370,9 +371,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs, for each loader")
     parser.add_argument("-k", default="", help="which loaders, as pytest's -k")
     chosen = parser.parse_args()
-    os.environ.update({EXAMPLES: str(chosen.examples), KILLS: str(chosen.kills)})
+    large = {EXAMPLES: str(chosen.examples), KILLS: str(chosen.kills)}
     which = "(chain_of_changes_keeps or sigkill)" + (f" and ({chosen.k})" if chosen.k else "")
-    return int(pytest.main(["-q", "-o", "timeout=0", "--durations=10", "-k", which]))
+    modules = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "Conformance" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", "--durations=10", "-k", which, *modules]
+    return subprocess.call(command, cwd=ROOT, env={**os.environ, **large})
 
 
 if __name__ == "__main__":

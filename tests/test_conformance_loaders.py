@@ -41,17 +41,9 @@ class NoisyConformance(LoaderConformance):
         raise NotImplementedError
 
     def make(
-        self,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        batch_size: int = 4,
-        seed: int = 3,
-        folder: Path,
-        prefetch_factor: int | None = None,
+        self, *, folder: Path, rank: int = 0, world_size: int = 1, seed: int = 3, batch_size: int = 4, **options: Any
     ) -> Resumable:
-        loader = self.user_loader(batch_size=batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor)
+        loader = self.user_loader(batch_size=batch_size, **options)
         return make_resumable(loader, rank=rank, world_size=world_size, seed=seed, tail=self.tail, shared=self.shared)
 
     def ids(self, batch: Any) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from typing import Any
 
 import pytest
@@ -11,13 +9,12 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_resume import make_resumable
-from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.data.position import Resumable
+from tests.simulated_ranks import stored
 from tests.toy_data import (
     BATCH,
     LENGTH,
     LOADERS,
-    Endless,
     Noisy,
     NoisyBatches,
     Plain,
@@ -29,13 +26,6 @@ from tests.toy_data import (
 )
 
 EPOCHS = 2
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """``state`` as it comes back from a file that holds no code."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
 
 
 def run(loader: Any, *, epochs: int) -> tuple[list[Any], list[tuple[int, int, Any]]]:
@@ -114,28 +104,6 @@ def test_the_order_does_not_depend_on_random_numbers_drawn_between_batches(name:
             disturbed.append((epoch, plain(batch)))
             draw()
     assert disturbed == batches
-
-
-def test_a_loader_on_a_sampler_without_end_goes_on() -> None:
-    reseed(1)
-    whole = make_resumable(DataLoader(Noisy(), BATCH, sampler=Endless()))
-    batches, states = [], []
-    for batch in itertools.islice(whole, 10):
-        batches.append(plain(batch))
-        states.append(stored(whole.state_dict()))
-    for taken, state in enumerate(states, 1):
-        reseed(taken)
-        again = make_resumable(DataLoader(Noisy(), BATCH, sampler=Endless()))
-        again.load_state_dict(state)
-        assert [plain(batch) for batch in itertools.islice(again, 10 - taken)] == batches[taken:]
-
-
-def test_a_state_asked_for_while_workers_fetch_ahead_counts_no_batch_ahead() -> None:
-    reseed(1)
-    batches, states = run(make_resumable(DataLoader(Noisy(), 2, num_workers=2, prefetch_factor=4)), epochs=1)
-    again = make_resumable(DataLoader(Noisy(), 2, num_workers=1))
-    again.load_state_dict(states[2][2])
-    assert [(0, plain(batch)) for batch in again] == batches[2:]
 
 
 def augmentation(loader: Any, *, epochs: int = 2) -> dict[tuple[int, int], float]:
@@ -287,19 +255,6 @@ def test_a_resumable_loader_is_not_wrapped_twice() -> None:
     loader = make_resumable(DataLoader(Noisy(), BATCH))
     assert isinstance(loader, Resumable)
     assert make_resumable(loader) is loader
-
-
-@pytest.mark.parametrize("change", [{"num_workers": 2}, {"batch_size": 3}, {"num_workers": 1, "batch_size": 7}])
-def test_a_map_style_position_holds_at_other_workers_and_batch_sizes(change: dict[str, int]) -> None:
-    reseed(1)
-    batches, states = run(make_resumable(DataLoader(Noisy(), BATCH, shuffle=True)), epochs=1)
-    samples = [pair for _, (indices, values) in batches for pair in zip(indices, values, strict=True)]
-    for taken, _, state in states[:-1]:
-        loader = make_resumable(DataLoader(Noisy(), **{"batch_size": BATCH, "shuffle": True, **change}))
-        assert isinstance(loader, ElasticLoader)
-        loader.load_state_dict(state)
-        rest = [pair for indices, values in map(plain, loader) for pair in zip(indices, values, strict=True)]
-        assert rest == samples[taken * BATCH :]
 
 
 def test_samples_without_batches_are_divided_into_as_many_steps_for_each_rank() -> None:

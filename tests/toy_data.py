@@ -237,7 +237,6 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "fetches batches": lambda: DataLoader(NoisyBatches(), BATCH, shuffle=True),
     "subset": lambda: DataLoader(Subset(Noisy(20), range(3, 17)), BATCH, shuffle=True),
     "seeded generator": lambda: DataLoader(Noisy(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(4)),
-    "2 workers": lambda: DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2),
     "persistent workers": lambda: DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2, persistent_workers=True),
     "no batches, workers": lambda: DataLoader(Noisy(4), batch_size=None, shuffle=True, num_workers=2),
     "weighted sampler": lambda: DataLoader(Noisy(), BATCH, sampler=WeightedRandomSampler([1.0, 2.0] * 7, LENGTH)),
@@ -248,16 +247,12 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "sampler with torch's generator": lambda: DataLoader(Noisy(), BATCH, sampler=OwnGenerator("torch")),
     "sampler with numpy's generator": lambda: DataLoader(Noisy(), BATCH, sampler=OwnGenerator("numpy")),
     "sampler with python's generator": lambda: DataLoader(Noisy(), BATCH, sampler=OwnGenerator("python")),
-    "sampler with a generator, workers": lambda: DataLoader(
-        Noisy(), BATCH, sampler=OwnGenerator("numpy"), num_workers=2
-    ),
     "sampler that draws lazily": lambda: DataLoader(Noisy(), BATCH, sampler=LazyGenerator("numpy")),
     "sampler, drop last": lambda: DataLoader(Noisy(), BATCH, sampler=LazyGenerator("numpy"), drop_last=True),
     "sampler on global generators": lambda: DataLoader(Noisy(), BATCH, sampler=GlobalRandom()),
     "stateful sampler": lambda: DataLoader(Noisy(), BATCH, sampler=CountingEpochs()),
     "list as sampler": lambda: DataLoader(Noisy(), BATCH, sampler=[3, 1, 4, 1, 5, 9, 2, 6]),
     "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=Buckets()),
-    "batch sampler, workers": lambda: DataLoader(Noisy(), batch_sampler=Buckets(), num_workers=2),
     "torch's batch sampler": lambda: DataLoader(
         Noisy(), batch_sampler=BatchSampler(OwnGenerator("numpy"), BATCH, drop_last=False)
     ),
@@ -266,13 +261,11 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "iterable dataset": lambda: DataLoader(Plain(), BATCH),
     "iterable dataset, drop last": lambda: DataLoader(Plain(), BATCH, drop_last=True),
     "iterable dataset, no batches": lambda: DataLoader(Plain(), batch_size=None),
-    "iterable dataset, workers": lambda: DataLoader(Plain(), BATCH, num_workers=2),
     "iterable dataset, persistent workers": lambda: DataLoader(Plain(), BATCH, num_workers=2, persistent_workers=True),
     "stateful iterable dataset": lambda: DataLoader(Stateful(), BATCH),
     "stateful iterable dataset, worker": lambda: DataLoader(Stateful(), BATCH, num_workers=1),
     "torchdata": lambda: StatefulDataLoader(Noisy(), BATCH, shuffle=True),
     "torchdata, sequential": lambda: StatefulDataLoader(Noisy(), BATCH),
-    "torchdata, workers": lambda: StatefulDataLoader(Noisy(), BATCH, shuffle=True, num_workers=2),
     "torchdata, persistent workers": lambda: StatefulDataLoader(
         Noisy(), BATCH, shuffle=True, num_workers=2, persistent_workers=True
     ),
