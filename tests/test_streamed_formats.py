@@ -20,6 +20,8 @@ from lightning_resume.data.sharded import blocks
 from lightning_resume.data.sharded.formats import format as formats
 from tests.streams import frames, plain, zstd
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* lanes have nothing to read:UserWarning")  # one file, many lanes
+
 BOM = b"\xef\xbb\xbf"
 
 

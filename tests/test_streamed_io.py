@@ -12,7 +12,7 @@ from lightning_resume.data.sharded import blocks
 from lightning_resume.errors import CheckpointMismatchError
 from tests.counting import Counted
 from tests.servers import FaultyProxy, Store
-from tests.streams import FORMATS, LENGTH, Ranks, make, number_of, samples, stored, write
+from tests.streams import FORMATS, LENGTH, Ranks, make, number_of, plain, samples, stored, write
 
 pytest_plugins = ["tests.servers"]
 
@@ -151,6 +151,23 @@ def test_appended_files_are_refused_unless_they_are_expected(tmp_path: Path) -> 
     epochs = [[number_of(sample) for batch in loader for sample in batch] for _ in range(2)]
     assert sorted(before + epochs[0]) == list(range(LENGTH))
     assert sorted(epochs[1]) == list(range(LENGTH + 5))
+
+
+def test_a_file_that_comes_in_a_folder_of_its_own_is_an_appended_file(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write(folder / "first", "jsonl")
+    _, state = saved(folder)
+    write(folder / "second", "jsonl", [5], first=LENGTH)
+    loader = make(folder, append_files=True)
+    loader.load_state_dict(state)
+    again = make(f"{folder}/*/*.jsonl", append_files=True)
+    again.load_state_dict(state)
+    assert len({number_of(sample) for _ in range(2) for batch in loader for sample in batch}) == LENGTH + 5
+
+
+def test_random_numbers_do_not_depend_on_where_the_files_lie(tmp_path: Path) -> None:
+    here, there = (make(write(tmp_path / name, "jsonl")) for name in ("here", "there"))
+    assert [plain(batch) for batch in here] == [plain(batch) for batch in there]
 
 
 def test_appended_files_stay_where_a_later_state_was_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from tests.streams import FORMATS, LENGTH, Ranks, make, plain, samples, stored, 
 
 EPOCHS = 2
 
-# depends on the number of cores of the machine
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # depends on the machine's cores
+    pytest.mark.filterwarnings("ignore:.* lanes have nothing to read:UserWarning"),  # more lanes than tar files
+]
 
 
 @pytest.fixture(params=FORMATS)
@@ -208,6 +211,15 @@ def test_every_sample_comes_once_through_every_change(
         left = set(range(LENGTH)) - set(seen[1])
         assert sorted(seen[0] + seen[1] + list(left)) == sorted([*range(LENGTH), *range(LENGTH)])
         assert len(left) < last[0]
+
+
+def test_lanes_without_work_are_warned_about_once(tmp_path: Path) -> None:
+    loader = make(write(tmp_path / "data", "tar", (3, 2)), "tar", lanes=5)
+    with pytest.warns(UserWarning, match="3 of 5 lanes have nothing to read: there are 2 tar files"):
+        list(loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(loader)
 
 
 def test_what_it_declares(tmp_path: Path) -> None:

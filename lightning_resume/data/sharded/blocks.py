@@ -66,13 +66,13 @@ class Opened:
 
 def open_file(files: Files, path: str, size: int) -> Opened:
     """Opens a file by its path within ``files``. Of a store nothing is asked before the first read."""
-    filesystem, root = fsspec.url_to_fs(files.root, **files.storage_options)
-    full, url = posixpath.join(root, path), posixpath.join(files.root, path)
+    filesystem, _ = fsspec.url_to_fs(files.given, **files.storage_options)
+    url = posixpath.join(files.root, path)
     if filesystem.async_impl:  # a range is one request, and an open would be another
         return Opened(
-            url=url, read=lambda start, stop: filesystem.cat_file(full, start=start, end=stop), file=None, size=size
+            url=url, read=lambda start, stop: filesystem.cat_file(url, start=start, end=stop), file=None, size=size
         )
-    file = filesystem.open(full, "rb", cache_type="none")
+    file = filesystem.open(url, "rb", cache_type="none")
 
     def read(start: int, stop: int) -> bytes:
         file.seek(start)

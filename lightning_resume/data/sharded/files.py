@@ -78,10 +78,12 @@ def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Ma
     given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     filesystems: dict[str, Any] = {}
     found: list[tuple[str, int]] = []
+    bases: list[str] = []
     for one in given:
         filesystem, text = _filesystem(os.fspath(one), options)
         filesystems[filesystem.unstrip_protocol("")] = filesystem
-        found += _found(filesystem, text, suffixes)
+        base, here = _found(filesystem, text, suffixes)
+        bases, found = [*bases, base], found + here
     if not found:
         raise FileNotFoundError(f"There are no files{_ending(suffixes)} at {path!r}. Pass a folder, a glob, or a list.")
     if len(filesystems) > 1:
@@ -90,7 +92,8 @@ def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Ma
     if times > 1:
         raise ValueError(f"{most_common} is named {times} times in {path!r}: its samples would come more than once.")
     filesystem = next(iter(filesystems.values()))
-    root = posixpath.commonpath([posixpath.dirname(name) for name, _ in found])
+    # not what the files have in common: that would change with a file that comes later
+    root = posixpath.commonpath(bases)
     shards = tuple(Shard(path=posixpath.relpath(name, root or "."), size=size) for name, size in found)
     return Files(given=os.fspath(given[0]), root=root, shards=shards, storage_options=options)
 
@@ -104,15 +107,20 @@ def _filesystem(path: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     return filesystem, text
 
 
-def _found(filesystem: Any, path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
+def _found(filesystem: Any, path: str, suffixes: Sequence[str]) -> tuple[str, list[tuple[str, int]]]:
+    """The folder that all files at ``path`` will always lie in, and these files."""
+    base = posixpath.dirname(path)
     if has_magic(path):
+        while has_magic(base):
+            base = posixpath.dirname(base)
         entries = filesystem.glob(path, detail=True)
     elif filesystem.isdir(path):
+        base = path
         entries = filesystem.find(path, detail=True)
         entries = {name: info for name, info in entries.items() if _is_data(posixpath.relpath(name, path), suffixes)}
     else:
         entries = {path: filesystem.info(path)}
-    return sorted((name, int(info["size"])) for name, info in entries.items() if info["type"] == "file")
+    return base, sorted((name, int(info["size"])) for name, info in entries.items() if info["type"] == "file")
 
 
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:

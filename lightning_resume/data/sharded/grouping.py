@@ -146,12 +146,12 @@ class Packing(Group):
         values = sample
         if self._key is not None:
             if self._key not in sample:
-                raise ValueError(f"{found.identity[1]}: a sample has no {self._key!r}; it has {list(sample)}.")
+                raise ValueError(f"{found.url}: a sample has no {self._key!r}; it has {list(sample)}.")
             values = sample[self._key]
         tokens = torch.as_tensor(values)
         if tokens.dim() != 1 or (len(tokens) and tokens.is_floating_point()):
             raise ValueError(
-                f"{found.identity[1]}: a sample to pack is one list of whole numbers, not {type(values).__name__} of"
+                f"{found.url}: a sample to pack is one list of whole numbers, not {type(values).__name__} of"
                 f" shape {tuple(tokens.shape)} and {tokens.dtype}. Name its `key`, or tokenize it in `transform`."
             )
         tokens = tokens.to(torch.int64)  # an empty list has become a tensor of floats

@@ -6,6 +6,7 @@ import abc
 import bisect
 import functools
 import json
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -85,6 +86,7 @@ class FileSource(LaneSource):
         self.kind = f"streamed {format.name}, {'shuffled' if shuffle else 'sequential'}"
         self.resume_cost = format.resume_cost
         self._listed = files.shards
+        self._warned = False
         self._adopt(files.shards, [(0, len(files.shards))])
 
     def _adopt(self, shards: Sequence[Shard], grown: list[tuple[int, int]]) -> None:
@@ -108,7 +110,21 @@ class FileSource(LaneSource):
         shards = self._shards[: self._shards_of(epoch)]
         seed = keyed_seed("shards", self._seed)
         can_split = self._format.can_split
-        return deal(shards, lanes=lanes, seed=seed, epoch=epoch, shuffle=self._shuffle, can_split=can_split)
+        dealt = deal(shards, lanes=lanes, seed=seed, epoch=epoch, shuffle=self._shuffle, can_split=can_split)
+        if not all(can_split(shard.path) for shard in shards):
+            self._warn_of_empty(dealt, len(shards))
+        return dealt
+
+    def _warn_of_empty(self, dealt: Sequence[Sequence[Piece]], shards: int) -> None:
+        empty = sum(not pieces for pieces in dealt)
+        if empty and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{empty} of {len(dealt)} lanes have nothing to read: there are {shards} {self._format.name} files,"
+                " which cannot be split. The processes that read these lanes are idle, and ranks read what is left"
+                " together. Write more files, or use fewer workers or `lanes`.",
+                stacklevel=2,
+            )
 
     def _shards_of(self, epoch: int) -> int:
         return self._grown[max(0, bisect.bisect([first for first, _ in self._grown], epoch) - 1)][1]

@@ -115,7 +115,7 @@ class MapReader(LaneReader):
             end = min(lane.stop, position + _CHUNK)
             indices = range(position, end) if order is None else order.take(position, end).tolist()
             for index in indices:
-                yield Found(self._maker, index, (lane.epoch, "", index), (position,), (position + 1,))
+                yield Found(self._maker, index, (lane.epoch, "", index), "", (position,), (position + 1,))
                 position += 1
 
 

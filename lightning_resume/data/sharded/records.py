@@ -28,7 +28,9 @@ class Found(NamedTuple):
     maker: Maker
     content: Any
     identity: tuple[int, str, int]
-    """Epoch, file and key: what its random numbers are keyed by, whoever reads it."""
+    """Epoch, file and key: what its random numbers are keyed by, whoever reads it, wherever the files lie."""
+    url: str
+    """What to call the file in a message."""
     before: Where
     after: Where
 
@@ -71,12 +73,11 @@ class Maker:
 
     def kept(self, found: Found) -> Any:
         """The sample before its transform, or ``LEFT_OUT``."""
-        _, path, key = found.identity
         if self._decode_draws:
             key_random_numbers("item", self._seed, *found.identity)
-        sample = self._decode(found.content, path, key)
+        sample = self._decode(found.content, found.url, found.identity[2])
         if self._columns is not None:
-            sample = _selected(sample, self._columns, path)
+            sample = _selected(sample, self._columns, found.url)
         if self.filter is None:
             return sample
         key_random_numbers("filter", self._seed, *found.identity)
@@ -134,8 +135,8 @@ class FileReader(LaneReader):
                     last = turn + 1 == len(order)
                     after = following if last else (number, *window.place, turn + 1)
                     index = order[turn]
-                    identity = (lane.epoch, url, window.keys[index])
-                    yield Found(self._maker, window.contents[index], identity, before, after)
+                    identity = (lane.epoch, piece.path, window.keys[index])
+                    yield Found(self._maker, window.contents[index], identity, url, before, after)
                     before = after
                 served = 0
             _, *start, served = begin_of(lane, number + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -136,8 +137,15 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
             return self.peers if world_size > 1 else None
         if not _distributed.is_distributed():
             return None
-        of_group = (_distributed.rank(), _distributed.world_size())
-        return ProcessGroup() if self.share in (None, of_group) else None
+        if not self._peers_known:
+            warnings.warn(
+                f"rank={self._share[0]} and world_size={world_size} were given, which are not those of the process"
+                " group: the ranks cannot agree on the end of an epoch, and end at different steps. Leave rank and"
+                " world_size out, or stop all ranks at the same step.",
+                stacklevel=2,
+            )
+            return None
+        return ProcessGroup()
 
     def _lanes_of(self, epoch: int) -> int:
         if not self._lanes_from:

@@ -31,8 +31,8 @@ class ParquetRows(Format):
         self._columns = None if columns is None else list(columns)
 
     def windows(self, files: Files, piece: Piece, place: Place, size: int) -> Iterator[Window]:
-        filesystem, root = fsspec.url_to_fs(files.root, **files.storage_options)
-        with filesystem.open(posixpath.join(root, piece.path), "rb", cache_type="none") as opened:
+        filesystem, _ = fsspec.url_to_fs(files.given, **files.storage_options)
+        with filesystem.open(posixpath.join(files.root, piece.path), "rb", cache_type="none") as opened:
             file = _parquet().ParquetFile(opened, pre_buffer=True)
             rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             unknown = sorted(set(self._columns or ()) - set(file.schema_arrow.names))
