@@ -12,6 +12,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NODE_PACKAGES := s3rver@3.7.1 azurite@3.37.0
 DEBIAN_PACKAGES := openssh-server libwrap0
 
+# Loaders of other packages, and what they import. They are installed without what they require: torchvision has no build
+# for a CPU build of torch from PyPI, and would bring gigabytes of CUDA (tests/loader_packages.py).
+LOADER_PACKAGES := litdata megatron-energon mosaicml-streaming braceexpand bracex brotli catalogue cramjam deprecation \
+	filetype lark multi-storage-client obstore prettytable psutil python-snappy rapidyaml wcmatch webdataset xattr zstd
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint format kill-matrix storm real-run bench clean
@@ -31,6 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -qq torch -c constraints.txt
 	@echo "Installing lightning-resume and its tools"
 	@$(PIP) install -qq -e ".[dev]" -c constraints.txt
+	@$(PIP) install -qq --no-deps $(LOADER_PACKAGES) -c constraints.txt
 	@echo "Installing the servers of the tests"
 	@command -v npm >/dev/null || echo "  no npm: the tests of Azure and of a second S3 will be skipped"
 	@! command -v npm >/dev/null || npm install --prefix $(VENV)/node --no-audit --no-fund --loglevel=error --silent \

@@ -31,7 +31,7 @@ from lightning_resume import (
 from lightning_resume.data.transport import Packed, pack
 from tests import runs
 from tests.harness import Launch, Zygote, die, zygote
-from tests.test_loaders import stored
+from tests.simulated_ranks import stored
 from tests.toy_data import Buckets, Endless, Noisy, Plain, Reversing, Stateful, plain
 from tests.toy_shards import TOTAL, write_parquet
 

@@ -26,7 +26,7 @@ from lightning_resume import (
 from lightning_resume.data import order
 from lightning_resume.data.mixture import Blocks, _shares
 from lightning_resume.data.source import Permuted
-from tests.test_loaders import stored
+from tests.simulated_ranks import stored
 from tests.toy_data import draw, plain
 from tests.toy_shards import TOTAL, write_parquet
 

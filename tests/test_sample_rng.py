@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_resume import make_resumable, sample_rng
-from tests.test_loaders import stored
+from tests.simulated_ranks import stored
 from tests.toy_data import plain, reseed
 
 LENGTH = 18

@@ -91,11 +91,12 @@ class WorkersAdapter(LoaderAdapter):
         shut_down(self.engine)
 
 
-def keyed_copy(loader: DataLoader[Any], seed: int, epoch: EpochCell) -> tuple[Any, Any]:
+def keyed_copy(loader: DataLoader[Any], seed: int, epoch: EpochCell, wrapper: Any = None) -> tuple[Any, Any]:
     """A private copy of ``loader`` and its dataset, wrapped so that random numbers are keyed by ``seed`` and epoch."""
     dataset: Any = loader.dataset
-    iterable = isinstance(dataset, IterableDataset)
-    keyed = KeyedIterable(dataset, seed, epoch) if iterable else EpochKeyedDataset(dataset, seed, epoch)
+    if wrapper is None:
+        wrapper = KeyedIterable if isinstance(dataset, IterableDataset) else EpochKeyedDataset
+    keyed = wrapper(dataset, seed, epoch)
     engine = copy.copy(loader)
     # DataLoader refuses these assignments after construction; the copy has not been iterated over yet
     engine.__dict__.update(

@@ -8,6 +8,7 @@ import warnings
 from typing import Any, TypeVar
 
 from lightning_resume.data.adapters.huggingface import IterableDatasetAdapter
+from lightning_resume.data.adapters.mosaic import StreamingDatasetAdapter
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.torchdata import StatefulDataLoaderAdapter
 from lightning_resume.errors import ResumeWarning
@@ -16,7 +17,11 @@ GROUP = "lightning_resume.adapters"
 
 A = TypeVar("A", bound=type[LoaderAdapter])
 
-_OURS: list[type[LoaderAdapter]] = [IterableDatasetAdapter, StatefulDataLoaderAdapter]
+_OURS: list[type[LoaderAdapter]] = [
+    StreamingDatasetAdapter,
+    IterableDatasetAdapter,
+    StatefulDataLoaderAdapter,
+]
 _registered: list[type[LoaderAdapter]] = []
 
 
