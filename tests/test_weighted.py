@@ -17,8 +17,8 @@ from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
 from lightning_resume import CheckpointMismatchError, Tail, WeightedSampler, make_resumable
 from lightning_resume.data.weighted import _exponential, uniform
-from tests.test_fabric_api import ranks  # noqa: F401  # the fixture
 from tests.simulated_ranks import stored
+from tests.test_fabric_api import ranks  # noqa: F401  # the fixture
 from tests.toy_data import LENGTH, Noisy, plain, reseed
 from tests.toy_fabric import fabric, launch
 
