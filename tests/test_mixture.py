@@ -24,7 +24,7 @@ from lightning_resume import (
     make_resumable,
 )
 from lightning_resume.data import order
-from lightning_resume.data.mixture import Blocks, _shares
+from lightning_resume.data.mixture import Blocks, shares_of
 from lightning_resume.data.source import Permuted
 from tests.simulated_ranks import stored
 from tests.toy_data import draw, plain
@@ -117,7 +117,7 @@ def requests(of: Mixture, start: int, stop: int, *, shuffle: bool = True, epoch:
     st.integers(1, 2000),
 )
 def test_no_weight_drifts_however_long_the_run(weights: list[float], block: int, length: int) -> None:
-    shares = _shares(weights, [1] * len(weights))
+    shares = shares_of(weights, [1] * len(weights))
     blocks = Blocks(shares, None, length=length)
     largest = shares.index(max(shares))
     before, after = blocks.before(block), blocks.before(block + 1)
