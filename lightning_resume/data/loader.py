@@ -262,7 +262,7 @@ class ElasticLoader(Resumable):
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._start = order.OrderState.from_dict(state_dict["order"])
-        self._saved_counts = state_dict["counts"]
+        self._saved_counts = state_dict.get("counts", self._counts)  # not in states of earlier versions
         self._source.load_state_dict(state_dict["source"], seed=self._start.seed)
         self._shut_down()
 

@@ -105,7 +105,8 @@ class ElasticSampler(Sampler[list[int]]):
                     advice="Make the sampler as it was when its state was saved.",
                 )
         self._state, self._finished = saved, bool(state_dict["finished"])
-        self._finished_at = state_dict["counts"]  # another topology might have had a step left
+        # another topology might have had a step left; not in states of earlier versions
+        self._finished_at = state_dict.get("counts", self._counts)
 
 
 class ResumableDataLoader(ElasticLoader, DataLoader[Any]):  # type: ignore[misc]  # __iter__ gives any iterator
