@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning_resume import BatchByLength, stream_of
 from lightning_resume.data.order import Tail
 from lightning_resume.data.position import Resumable
 from tests import simulated_ranks, streams
 from tests.conformance import LoaderConformance
 from tests.local_peers import LocalRanks
 from tests.simulated_ranks import Topology
+from tests.toy_data import Noisy
+
+
+def number_of_digits(sample: Any) -> int:
+    return len(str(sample[0]))
 
 
 class AgreeingRanks(simulated_ranks.Ranks):
@@ -89,3 +95,40 @@ class TestTar(StreamConformance):
 
 class TestParquetRows(StreamConformance):
     format = "parquet"
+
+
+class TestBatchesByLength(StreamConformance):
+    format = "text"
+    options: ClassVar[dict[str, Any]] = {"lanes": 2, "group": BatchByLength(key=number_of_digits, window=6)}
+
+
+class Thirds(Noisy):
+    """Of which a filter leaves 14."""
+
+    def __init__(self) -> None:
+        super().__init__(21)
+
+
+def chosen(sample: Any) -> bool:
+    return bool(sample[0] % 3)
+
+
+class TestStreamOf(StreamConformance):
+    def prepare(self, folder: Path) -> None:
+        """There is nothing to write."""
+
+    def make(self, *, folder: Path, **options: Any) -> Resumable:  # type: ignore[override]
+        return stream_of(
+            Thirds(),
+            shuffle=True,
+            filter=chosen,
+            collate_fn=list,
+            lanes=3,
+            **{"seed": 3, "rank": 0, "world_size": 1, "batch_size": 4, **options},
+        )
+
+    def ids(self, batch: Any) -> list[int]:
+        return [(index - 1) // 3 * 2 + (index - 1) % 3 for index, _ in batch]
+
+    def noise(self, batch: Any) -> list[Any]:
+        return [float(noise) for _, noise in batch]

@@ -107,6 +107,15 @@ def test_ranks_end_together_and_replay_from_every_step(tmp_path: Path, name: str
         assert plain(again.epoch()) == plain(second)
 
 
+def test_while_all_lanes_live_the_global_order_is_that_of_any_world_size(tmp_path: Path) -> None:
+    create = functools.partial(make, write(tmp_path / "data", "jsonl", (40, 40, 40, 40)), lanes=4, batch_size=2)
+    orders = []
+    for world_size in (1, 2, 4):
+        run = Ranks(create, world_size)
+        orders.append(samples([run.step() or [] for _ in range(40 // world_size)]))
+    assert orders[0] == orders[1] == orders[2]
+
+
 def test_the_position_of_batches_ago_is_known(tmp_path: Path) -> None:
     create = functools.partial(make, write(tmp_path / "data", "jsonl"), lanes=3)
     batches, states = run(create())
