@@ -21,6 +21,8 @@ from tests.toy_data import Noisy, draw
 
 LENGTH = 23
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* lanes have nothing to read:UserWarning")  # of the two tar files
+
 
 # -- map-style datasets
 
