@@ -22,6 +22,7 @@ from lightning_resume.data.adapters.torchdata import without_state
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import (
+    Batch,
     KeyedCollate,
     KeyedDataset,
     Request,
@@ -242,7 +243,7 @@ class ElasticLoader(Resumable):
             slices = [order.rank_slice(*window, rank=rank, world_size=share.world_size) for rank in share.ranks]
             batches = [self._source.take(start, *one) for one in slices]
             if all(batches):
-                yield batches if share.whole else batches[0]
+                yield batches if share.whole else Batch(batches[0])
             if any(len(batch) < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
                 return  # an unsized sampler has come to its end
 
