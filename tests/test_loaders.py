@@ -243,6 +243,17 @@ def test_a_second_iterator_ends_the_first_with_an_error() -> None:
         next(first)
 
 
+def test_an_iterator_that_ends_after_a_load_does_not_end_the_loaded_iteration() -> None:
+    loader = make_resumable(DataLoader(Noisy(), BATCH))
+    state = loader.state_dict()
+    first = iter(loader)
+    for _ in range(4):
+        next(first)
+    loader.load_state_dict(state)
+    assert next(first, None) is None
+    assert not loader.state_dict()["ended"]
+
+
 def test_breaking_out_of_a_loop_begins_the_next_epoch() -> None:
     loader = make_resumable(DataLoader(Noisy(), BATCH, shuffle=True), seed=3)
     epochs = [[plain(batch)[0] for batch in loader] for _ in range(2)]

@@ -76,7 +76,8 @@ class Resumable(Scenarios):
                 self._stepped = self._taken
             self._handed_out()
             yield batch
-        self._ended = True
+        if iteration is self._iteration:
+            self._ended = True
 
     @property
     def taken(self) -> int:
