@@ -387,10 +387,10 @@ def shift_position() -> None:
     """Every loader goes on one batch too late."""
     stock = Resumable.load_state_dict
 
-    def load(loader: Any, state: Any) -> None:
+    def load(loader: Any, state: Any, strict: bool | None = None) -> None:
         samples = loader.batch_size * int(os.environ["WORLD_SIZE"])
         position = {"consumed": state["order"]["consumed"] + samples, "batches": state["order"]["batches"] + 1}
-        stock(loader, {**state, "order": {**state["order"], **position}})
+        stock(loader, {**state, "order": {**state["order"], **position}}, strict)
 
     Resumable.load_state_dict = load  # type: ignore[method-assign]
 
