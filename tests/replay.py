@@ -13,6 +13,7 @@ from lightning_resume import make_resumable
 from tests.toy_data import reseed
 
 Make = Callable[[], Any]
+Show = Callable[[Any], Any]
 
 
 def stored(state: dict[str, Any]) -> Any:
@@ -40,37 +41,38 @@ def resumable(make: Make, state: Any = None, *, seed: int = 1, **options: Any) -
     return loader
 
 
-def run(loader: Any, *, epochs: int = 2) -> tuple[list[Any], list[tuple[int, int, Any]]]:
+def run(loader: Any, *, epochs: int = 2, show: Show = plain) -> tuple[list[Any], list[tuple[int, int, Any]]]:
     """The batches of some epochs, and (batches taken, epochs ended, the state) at 0 and after every batch and epoch."""
     batches: list[Any] = []
     states = [(0, 0, stored(loader.state_dict()))]
     for epoch in range(epochs):
         for batch in loader:
-            batches.append((epoch, plain(batch)))
+            batches.append((epoch, show(batch)))
             states.append((len(batches), epoch, stored(loader.state_dict())))
         states.append((len(batches), epoch + 1, stored(loader.state_dict())))
     return batches, states
 
 
-def assert_replays_from_every_batch(make: Make, *, epochs: int = 2, **options: Any) -> list[Any]:
+def assert_replays_from_every_batch(make: Make, *, epochs: int = 2, show: Show = plain, **options: Any) -> list[Any]:
     """Also saved at 0, at each last batch, twice without stepping, and at the end of each epoch."""
-    batches, states = run(resumable(make, **options), epochs=epochs)
+    batches, states = run(resumable(make, **options), epochs=epochs, show=show)
     wrong = []
     for number, (taken, ended, state) in enumerate(states):
         loader = resumable(make, state, seed=number + 2, **options)
         again = stored(loader.state_dict())
         if number % 2:  # the state of a loader that was loaded and not used is as good
-            del loader
             loader = resumable(make, again, seed=number + 9, **options)
-        rest = [(epoch, plain(batch)) for epoch in range(ended, epochs) for batch in loader]
+        rest = [(epoch, show(batch)) for epoch in range(ended, epochs) for batch in loader]
         if rest != batches[taken:]:
             wrong.append((taken, ended))
-        del loader
+        end(loader)
     assert wrong == []
     return batches
 
 
-def assert_replays_in_a_chain(make: Make, batches: list[Any], *, epochs: int = 2, **options: Any) -> None:
+def assert_replays_in_a_chain(
+    make: Make, batches: list[Any], *, epochs: int = 2, show: Show = plain, **options: Any
+) -> None:
     """Resume, one step, save, resume, ... gives ``batches``."""
     state = stored(resumable(make, **options).state_dict())
     seen: list[Any] = []
@@ -81,10 +83,16 @@ def assert_replays_in_a_chain(make: Make, batches: list[Any], *, epochs: int = 2
         if batch is None:  # saved at the last batch: nothing was left of the epoch
             ended += 1
         else:
-            seen.append((ended, plain(batch)))
+            seen.append((ended, show(batch)))
         state = stored(loader.state_dict())
-        del loader
+        end(loader)
     assert seen == batches
+
+
+def end(loader: Any) -> None:
+    """Ends its workers now; left to the garbage collector, some loaders wait seconds for them."""
+    if hasattr(loader, "_iterator"):
+        loader._iterator = None
 
 
 def lost_and_repeated(seen: Iterable[Any], expected: Iterable[Any]) -> tuple[int, int]:

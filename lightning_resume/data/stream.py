@@ -115,7 +115,10 @@ class StreamLoader(Resumable):
         self._untouched = False
         with self._randomness(0):
             batches = self._adapter.iterate(self._epoch, self._inner, self._skip)
-            self._history.append((0, self._at_start()))
+            start = self._at_start()
+            if start is None and self._adapter.goes_on_after_its_end:  # nothing else tells where an epoch that was left
+                start = self._captured()  # in the middle has led to
+            self._history.append((0, start))
         while True:
             with self._randomness(self._skip + self._taken + 1):
                 try:
@@ -137,10 +140,11 @@ class StreamLoader(Resumable):
         self._history.clear()
 
     def _handed_out(self) -> None:
+        self._history.append((self._taken, self._captured()))
+
+    def _captured(self) -> Any:
         state = self._adapter.capture()
-        if self._adapter.restores_from_all_ranks:
-            state = {self._adapter.rank: state}
-        self._history.append((self._taken, state))
+        return {self._adapter.rank: state} if self._adapter.restores_from_all_ranks else state
 
     def _state(self, behind: int) -> dict[str, Any]:
         taken = self._taken - behind
@@ -150,8 +154,11 @@ class StreamLoader(Resumable):
                 f"The position {behind} batches ago is no longer known: only the last {len(states) - 1} are kept."
                 " Save where the optimizer has just stepped."
             )
-        # "lanes" are merged from all ranks' states on load
-        inner = {"lanes": states[taken] or {}} if self._adapter.restores_from_all_ranks else {"inner": states[taken]}
+        state = states[taken]
+        if self._adapter.restores_from_all_ranks:  # "lanes" are merged from all ranks' states on load
+            inner = {"lanes": {rank: _asked(of_rank) for rank, of_rank in (state or {}).items()}}
+        else:
+            inner = {"inner": _asked(state)}
         return {
             "kind": self._kind(),
             "seed": self._adapter.seed,
@@ -169,7 +176,7 @@ class StreamLoader(Resumable):
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         self._epoch, self._skip = state_dict["epoch"], state_dict["batches"]
-        self._inner = state_dict.get("lanes", state_dict.get("inner")) or None
+        self._inner = (state_dict["lanes"] or None) if "lanes" in state_dict else state_dict["inner"]
         self._led_here, self._untouched = None, True
         self._done, self._ended_when_saved = False, state_dict["ended"]
         self._history.clear()
@@ -194,6 +201,11 @@ class StreamLoader(Resumable):
     @_iterator.setter
     def _iterator(self, value: None) -> None:
         self._adapter.shut_down()
+
+
+def _asked(state: Any) -> Any:
+    """What an adapter captured, which may be a function that asks only now."""
+    return state() if callable(state) else state
 
 
 def _step_size(topology: Mapping[str, Any]) -> int:

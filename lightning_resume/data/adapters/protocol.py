@@ -77,7 +77,8 @@ class LoaderAdapter(abc.ABC):
     def capture(self) -> Any:
         """The state after the batch handed out last: numbers, text, bytes, tensors, and lists and dicts of them.
 
-        ``None`` where none is kept; then the number of batches is the position.
+        ``None`` where none is kept; then the number of batches is the position. Where asking is slow, a function that
+        is called without arguments when this state is saved, perhaps some batches later.
         """
 
     def topology(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import warnings
 from typing import Any, TypeVar
 
+from lightning_resume.data.adapters.energon import SavableDataLoaderAdapter
 from lightning_resume.data.adapters.huggingface import IterableDatasetAdapter
 from lightning_resume.data.adapters.mosaic import StreamingDatasetAdapter
 from lightning_resume.data.adapters.protocol import LoaderAdapter
@@ -19,6 +20,7 @@ A = TypeVar("A", bound=type[LoaderAdapter])
 
 _OURS: list[type[LoaderAdapter]] = [
     StreamingDatasetAdapter,
+    SavableDataLoaderAdapter,
     IterableDatasetAdapter,
     StatefulDataLoaderAdapter,
 ]
