@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lightning_resume.data.adapters.energon import SavableDataLoaderAdapter
 from lightning_resume.data.adapters.huggingface import IterableDatasetAdapter
+from lightning_resume.data.adapters.litdata import StreamingDataLoaderAdapter
 from lightning_resume.data.adapters.mosaic import StreamingDatasetAdapter
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.torchdata import StatefulDataLoaderAdapter
@@ -21,6 +22,7 @@ A = TypeVar("A", bound=type[LoaderAdapter])
 _OURS: list[type[LoaderAdapter]] = [
     StreamingDatasetAdapter,
     SavableDataLoaderAdapter,
+    StreamingDataLoaderAdapter,
     IterableDatasetAdapter,
     StatefulDataLoaderAdapter,
 ]
