@@ -181,7 +181,6 @@ def test_another_topology_is_refused_and_with_strict_false_goes_on(name: str, fi
     loader = resumable(lambda: make(folder=folder, **KINDS[name]))
     seen = indices(itertools.islice(loader, 3))
     state = stored(loader.state_dict())
-    length = LENGTH + (OTHER if name == "combined" else 0)
     for rank in range(REFUSED[field].get("world_size", 1)):
         other = make_resumable(make(rank, folder=folder, **REFUSED[field], **KINDS[name]))
         with pytest.raises(CheckpointMismatchError, match=rf"{field} differs(.|\n)*strict=False"):
@@ -197,7 +196,6 @@ def test_another_topology_is_refused_and_with_strict_false_goes_on(name: str, fi
     # not more than was taken before can be wrong, nor than one step is padded by
     assert lost <= 12
     assert repeated <= 12 + 8
-    assert length - 12 <= len(seen) <= length + 8
 
 
 CHANGED: dict[str, dict[str, Any]] = {
