@@ -144,6 +144,30 @@ def test_a_position_some_batches_ago_is_known(folder: Path) -> None:
     end(again)
 
 
+@pytest.mark.parametrize("repeat", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_that_is_left_leads_to_the_same_next_one_after_a_resume(
+    num_workers: int, repeat: bool, folder: Path
+) -> None:
+    made = lambda: make(num_workers=num_workers, repeat=repeat, folder=folder)  # noqa: E731
+    loader = resumable(made)
+    taken(loader, 2)
+    batches = iter(loader)
+    expected = [texts(next(batches)) for _ in range(3)]
+    states = [stored(loader.state_dict(behind)) for behind in (2, 1)]
+    end(loader)
+    loader = resumable(made)
+    taken(loader, 2)
+    batches = iter(loader)
+    next(batches)
+    states.insert(0, stored(loader.state_dict(behind=1)))
+    end(loader)
+    for position, state in enumerate(states):
+        again = resumable(made, state, seed=position + 5)
+        assert taken(again, 3 - position) == expected[position:]
+        end(again)
+
+
 TOPOLOGIES = [((2, 2), (4, 1)), ((1, 2), (2, 1)), ((4, 1), (2, 2))]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -99,10 +98,10 @@ class SavableDataLoaderAdapter(LoaderAdapter):
             return self._begin(0 if self._endless else skip)
         if self._open is None:
             return self._begin(skip)
-        # the loader goes on in an epoch that was left, where it is; one that ends is ended first
-        for first in self._open:
-            if self._endless:
-                return itertools.chain([first], self._open)
+        if self._endless:  # goes on in an epoch that was left, where it is
+            return self._open
+        for _ in self._open:
+            pass
         return self._begin(0)
 
     def _begin(self, skip: int) -> Iterator[Any]:
