@@ -26,7 +26,7 @@ def listened_to() -> list[int]:
 
 
 async def collect_in_the_event_loop() -> None:
-    """What was inherited is collected here, as any request's allocation may do; only here s3fs closes its connections."""
+    """Collects what was inherited here, as any request may; only here s3fs closes its connections."""
     gc.collect()
     await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
