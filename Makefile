@@ -56,8 +56,9 @@ unpack-sshd:
 demo: $(STAMP) ## kill a training run, resume it, and prove that it is the same run
 	$(BIN)/python examples/demo.py
 
+# A worker for each core, but few: each starts servers and ranks of its own. A file stays whole, for what its tests share.
 test: $(STAMP) ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
