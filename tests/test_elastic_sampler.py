@@ -66,3 +66,10 @@ def test_samples_too_few_for_all_ranks_open_the_next_epoch_of_any_world_size(tol
     seen += last.epoch_of_samples()
     whole = Run(1, 4)
     assert seen == whole.epoch_of_samples() + whole.epoch_of_samples()
+
+
+def test_an_epoch_that_has_ended_may_be_set_again() -> None:
+    sampler = ElasticSampler(range(10), 4, seed=1)
+    whole = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == whole

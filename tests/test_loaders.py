@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -279,3 +280,48 @@ def test_samples_without_batches_are_divided_into_as_many_steps_for_each_rank() 
     assert [len(epoch) for epoch in epochs] == [5, 5, 4, 4]
     seen = [index for epoch in epochs for index, _ in epoch]
     assert sorted(seen) == sorted([*range(9), *range(9)])
+
+
+# -- epochs by number
+
+
+def epoch_of(loader: Any, epoch: int) -> list[Any]:
+    loader.set_epoch(epoch)
+    return list(map(plain, loader))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_epoch_that_is_set_begins_at_its_start_unless_it_was_just_loaded(name: str) -> None:
+    reseed(1)
+    loader = make_resumable(LOADERS[name]())
+    whole = epoch_of(loader, 0)
+    assert epoch_of(loader, 0) == whole
+    loader.set_epoch(0)
+    _ = next(iter(loader))
+    state = stored(loader.state_dict())
+    assert epoch_of(loader, 0) == whole
+    loader.load_state_dict(state)
+    assert epoch_of(loader, 0) == whole[1:]
+    assert epoch_of(loader, 0) == whole
+    assert (epoch_of(loader, 1) != whole) == (name != "list of tensors")
+
+
+def test_batches_come_in_their_order_although_in_order_is_false() -> None:
+    options: dict[str, Any] = {"batch_size": BATCH, "num_workers": 2, "shuffle": True}
+    whole = list(map(plain, make_resumable(DataLoader(Noisy(), **options), seed=0)))
+    for taken in range(len(whole)):
+        with pytest.warns(UserWarning, match="in_order=False is not honoured"):
+            loader = make_resumable(DataLoader(SlowAtFirst(), in_order=False, **options), seed=0)
+        batches = iter(loader)
+        seen = [plain(next(batches)) for _ in range(taken)]
+        loader.load_state_dict(stored(loader.state_dict()))
+        assert seen + list(map(plain, loader)) == whole
+
+
+class SlowAtFirst(Noisy):
+    """The first worker lags behind."""
+
+    def __getitem__(self, index: int) -> Any:
+        info = get_worker_info()
+        time.sleep(0.02 if info is not None and info.id == 0 else 0)
+        return super().__getitem__(index)

@@ -446,6 +446,16 @@ def test_files_that_were_added_are_read_from_the_next_epoch_on_if_asked_for(tmp_
     assert sorted(ids(loader)) == list(range(TOTAL + 12))
 
 
+def test_files_that_come_in_reach_persistent_workers(tmp_path: Path) -> None:
+    write_parquet(tmp_path)
+    state, seen = saved_midway(tmp_path)
+    write_parquet(tmp_path, (9,), first=TOTAL, name="more")
+    loader, dataset = make(tmp_path, append_files=True, num_workers=2, persistent_workers=True)
+    dataset.load_state_dict(state)
+    assert sorted(seen + ids(loader)) == list(range(TOTAL))
+    assert sorted(ids(loader)) == list(range(TOTAL + 9))
+
+
 def test_samples_left_over_when_files_are_added_are_not_lost(tmp_path: Path) -> None:
     write_parquet(tmp_path, (7, 6))  # 13 rows: at 3 ranks of 4, one is left over and opens the next epoch
     first, state = serve(tmp_path, None, [(3, 0, 4, ALL)])

@@ -242,3 +242,29 @@ def test_what_it_declares(tmp_path: Path) -> None:
 def test_a_stream_has_no_length(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="has no length"):
         len(make(write(tmp_path / "data", "jsonl")))
+
+
+def test_an_epoch_that_is_set_begins_at_its_start_unless_it_was_just_loaded(tmp_path: Path) -> None:
+    loader = make(write(tmp_path, "jsonl"))
+
+    def epoch_of(epoch: int) -> Any:
+        loader.set_epoch(epoch)
+        return plain(list(loader))
+
+    whole, other = epoch_of(0), epoch_of(1)
+    assert epoch_of(0) == epoch_of(0) == whole != other
+    loader.set_epoch(0)
+    next(iter(loader))
+    state = stored(loader.state_dict())
+    assert epoch_of(0) == whole
+    loader.load_state_dict(state)
+    assert epoch_of(0) == whole[1:]
+    assert epoch_of(1) == other
+
+
+def test_samples_that_an_epoch_leaves_over_come_in_the_next_although_it_is_set(tmp_path: Path) -> None:
+    run = Ranks(lambda **options: make(write(tmp_path, "jsonl", (2,)), **options), 3)
+    assert run.epoch() == []
+    for loader in run.loaders:
+        loader.set_epoch(1)
+    assert sorted(samples(run.epoch())) == [0, 0, 1, 1]

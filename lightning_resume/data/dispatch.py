@@ -188,15 +188,19 @@ class DispatchedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # __i
     # -- position
 
     def set_epoch(self, epoch: int) -> None:
-        about = self.about  # sets it up, where no strategy has
-        if epoch == self.epoch:
-            return
+        _ = self.about  # sets it up, where no strategy has
+        super().set_epoch(epoch)
+
+    def _restart(self) -> None:
+        self._go_to(self.epoch)
+
+    def _go_to(self, epoch: int) -> None:
+        about = self.about
         if self._producer is not None:
             self._producer.set_epoch(epoch)
         if about.start is not None and self._start is not None:
             self._start = dataclasses.replace(self._start, epoch=epoch, consumed=0, batches=0)
         self.epoch, self._before = epoch, 0
-        self._begin_attributes()
 
     def remember(self, batches: int) -> None:
         if self._producer is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -164,14 +165,17 @@ class ElasticLoader(Resumable):
             return len(self._user_loader)  # the same TypeError as without us
         return self._start.batches + order.steps_left(self._start, **self._counts)
 
-    def set_epoch(self, epoch: int) -> None:
-        if epoch == self._start.epoch:
-            return
+    def _go_to(self, epoch: int) -> None:
         if epoch == self._start.epoch + 1:  # as the next iteration would: samples may be left over, or taken already
             self._next_epoch()
-        else:
-            self._start = self._at_start_of(epoch)
-        self._begin_attributes()
+            return
+        if epoch > self._start.epoch:
+            self._grow(epoch)
+        self._start = self._at_start_of(epoch)
+
+    def _restart(self) -> None:
+        if self._start.batches:  # else it is the start, with what earlier epochs have left over
+            self._start = self._at_start_of(self._start.epoch)
 
     def _at_start_of(self, epoch: int) -> order.OrderState:
         length = self._source.length_of(epoch)
@@ -185,13 +189,17 @@ class ElasticLoader(Resumable):
 
     def _next_epoch(self) -> None:
         position = self._position(0)
-        self._source.grow(position.epoch + 1)
+        self._grow(position.epoch + 1)
         if _is_sized(self._source):
             # whether the saved epoch had come to its end is for the topology to say that it was in
             following = order.next_epoch(position, **(self._saved_counts if self._resumed else self._counts))
             self._start = dataclasses.replace(following, length=self._source.length_of(following.epoch))
         else:
             self._start = dataclasses.replace(position, epoch=position.epoch + 1, consumed=0, batches=0)
+
+    def _grow(self, epoch: int) -> None:
+        if self._source.grow(epoch):
+            self._shut_down()  # persistent workers know only the files that there were
 
     def _position(self, behind: int) -> order.OrderState:
         return order.advance(self._start, self._taken - behind, **self._counts)
@@ -307,6 +315,20 @@ class ElasticLoader(Resumable):
         if self._engine is not None and getattr(self._engine._iterator, "_shutdown_workers", None) is not None:
             self._engine._iterator._shutdown_workers()  # type: ignore[union-attr]
         self._engine = None
+
+
+def in_order(loader: Any) -> Any:
+    """``loader``, or a copy that gives its batches in their order: a position cannot say which came early."""
+    if getattr(loader, "in_order", True):
+        return loader
+    warnings.warn(
+        "in_order=False is not honoured: a loader with a position gives its batches in their order, whichever worker is"
+        " the first to have one. Leave it out.",
+        stacklevel=4,
+    )
+    ordered = copy.copy(loader)
+    ordered.__dict__.update(in_order=True, _iterator=None)
+    return ordered
 
 
 def enough_for_all(length: int, world_size: int) -> None:

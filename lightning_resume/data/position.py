@@ -43,10 +43,13 @@ class Resumable(Scenarios):
 
     def __iter__(self) -> Iterator[Any]:
         # eager, so that where an iteration begins does not depend on when its first batch is asked for
-        used = self._taken > 0 or self._at_end() or self._left
-        if not self._resumed and used and not self._only_peeked():
+        if not self._resumed and self._used() and not self._only_peeked():
             self._next_epoch()
         return self._open()
+
+    def _used(self) -> bool:
+        """Whether an iteration has taken anything of the current epoch."""
+        return self._taken > 0 or self._at_end() or self._left
 
     def _open(self) -> Iterator[Any]:
         """An iteration from here, whatever was iterated over before."""
@@ -68,8 +71,8 @@ class Resumable(Scenarios):
                 break
             if iteration is not self._iteration:
                 raise RuntimeError(
-                    "This iterator is no longer the loader's position: `iter(loader)` or `load_state_dict` was called"
-                    " since. Iterate over the loader once at a time."
+                    "This iterator is no longer the loader's position: `iter(loader)`, `set_epoch` or `load_state_dict`"
+                    " was called since. Iterate over the loader once at a time."
                 )
             self._taken += 1
             if not torch.is_grad_enabled():  # a batch to evaluate on: no step will come for it
@@ -211,9 +214,27 @@ class Resumable(Scenarios):
     def _handed_out(self) -> None:
         """Called after each batch, before it is handed out."""
 
-    @abc.abstractmethod
     def set_epoch(self, epoch: int) -> None:
-        """Makes ``epoch`` the epoch of the next iteration; a position within the same epoch is kept."""
+        """Makes ``epoch`` the epoch of the next iteration, which begins at its start.
+
+        As with ``DistributedSampler``, it may be the same one again. Only a position that was just loaded is kept, when
+        it is in ``epoch``: a loop that calls this before every epoch goes on exactly.
+        """
+        if epoch != self.epoch:
+            self._go_to(epoch)
+        elif self._resumed or not self._used():
+            return
+        else:
+            self._restart()
+        self._begin_attributes()
+
+    @abc.abstractmethod
+    def _go_to(self, epoch: int) -> None:
+        """Moves to the start of another epoch."""
+
+    @abc.abstractmethod
+    def _restart(self) -> None:
+        """Moves back to the start of the current epoch."""
 
     @abc.abstractmethod
     def _batches(self) -> Iterator[Any]: ...

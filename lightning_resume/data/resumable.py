@@ -20,7 +20,7 @@ from lightning_resume.data.adapters.iterable import IterableAdapter, WorkersAdap
 from lightning_resume.data.adapters.protocol import LoaderAdapter, is_from
 from lightning_resume.data.adapters.registry import adapter_for
 from lightning_resume.data.fingerprint import fingerprint
-from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, enough_for_all
+from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, enough_for_all, in_order
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
 from lightning_resume.data.stream import ResumableIterable, StreamLoader
@@ -60,6 +60,7 @@ def make_resumable(
     if isinstance(loader, Resumable):
         loader.share_by_default(rank=rank, world_size=world_size)
         return loader
+    loader = in_order(loader)
     adapter = adapter_for(loader) or next((known for known in _FALLBACKS if known.matches(loader)), None)
     if adapter is None:
         assert isinstance(loader, DataLoader)

@@ -75,10 +75,10 @@ class ElasticSampler(Sampler[list[int]]):
         self._finished, self._finished_at = True, self._counts
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts ``epoch`` from its beginning; within the same epoch, the position is kept."""
+        """Starts ``epoch`` from its beginning; within the same epoch, the position is kept until it has ended."""
         if epoch == self._state.epoch + 1 and self._finished:  # samples may be left over, or taken already
             self._state = order.next_epoch(self._state, **self._finished_at)
-        elif epoch != self._state.epoch:
+        elif epoch != self._state.epoch or self._finished:
             self._state = dataclasses.replace(self._state, epoch=epoch, consumed=0, batches=0)
         else:
             return

@@ -64,8 +64,9 @@ class Source(abc.ABC):
     def hint(self, state: Mapping[str, Any]) -> None:
         """Is told a state that may be loaded later: nothing may change but what it saves from being read."""
 
-    def grow(self, epoch: int) -> None:
-        """Takes in, from ``epoch`` on, what has come since the state was saved."""
+    def grow(self, epoch: int) -> bool:
+        """Takes in, from ``epoch`` on, what has come since the state was saved; whether there was anything."""
+        return False
 
 
 _SAMPLES = {

@@ -63,15 +63,15 @@ class StreamLoader(Resumable):
         known = getattr(self, "_history", ())  # a batch that was fetched ahead is in it
         self._history: collections.deque[tuple[int, Any]] = collections.deque(known, maxlen=batches + 1)
 
-    def set_epoch(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
+    def _go_to(self, epoch: int) -> None:
         if epoch == self._epoch + 1:  # as the next iteration would
             self._next_epoch()
         else:
-            self._epoch, self._skip, self._inner, self._done = epoch, 0, None, False
+            self._epoch, self._skip, self._inner, self._led_here, self._done = epoch, 0, None, None, False
         self._history.clear()
-        self._begin_attributes()
+
+    def _restart(self) -> None:
+        self._go_to(self._epoch)
 
     def check(self, state_dict: Mapping[str, Any]) -> None:
         super().check(state_dict)

@@ -224,7 +224,7 @@ class ShardedDataset:
         loader.load_state_dict(state_dict)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes ``epoch`` the next. Within the same epoch the position is kept: it may be called after a load."""
+        """Makes ``epoch`` the next, from its start; a position in it that was just loaded is kept."""
         self._bound().set_epoch(epoch)
 
     @property

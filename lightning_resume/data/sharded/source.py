@@ -114,10 +114,12 @@ class ShardedSource(Source):
         self._set_plan(*plan)
         self.dataset.adopt(_saved_table(state["table"]), state["table"])
 
-    def grow(self, epoch: int) -> None:
+    def grow(self, epoch: int) -> bool:
         """Takes in, from ``epoch`` on, the files that have come since the state was saved."""
-        if self.dataset.grow():
+        grew = self.dataset.grow()
+        if grew:
             self._grown.append((epoch, len(self.dataset.table.shards)))
+        return grew
 
     def hint(self, state: Mapping[str, Any]) -> None:
         """Takes the numbers of rows from a state that may be loaded soon, if it tells them of these very files."""

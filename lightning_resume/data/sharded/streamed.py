@@ -261,17 +261,22 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self._begin_epoch(self._epoch + 1, left)
 
     def _begin_epoch(self, epoch: int, left: Changes) -> None:
-        if self._lanes_from and self.lanes is None and self._enough_lanes() > self._lanes_from[-1][1]:
+        later = bool(self._lanes_from) and epoch > self._lanes_from[-1][0]
+        if later and self.lanes is None and self._enough_lanes() > self._lanes_from[-1][1]:
             self._lanes_from.append((epoch, self._enough_lanes()))
         if epoch > self._epoch:
             self.source.grow(epoch)
         self._epoch, self._loaded, self._start, self._now = epoch, left, None, {}
         self._undo.clear()
 
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self._epoch:
+    def _go_to(self, epoch: int) -> None:
+        if epoch == self._epoch + 1:  # as the next iteration would: samples may be left over
+            self._next_epoch()
+        else:
             self._begin_epoch(epoch, {})
-            self._begin_attributes()
+
+    def _restart(self) -> None:
+        self._begin_epoch(self._epoch, {lane: at for lane, at in self._loaded.items() if lane.epoch < self._epoch})
 
     # -- the state
 
