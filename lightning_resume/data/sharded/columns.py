@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -70,7 +70,24 @@ def _array(values: Sequence[Any]) -> Any:
         array = np.array(values)
     except (ValueError, OverflowError):  # of different lengths, or too large
         return None
-    return array if array.dtype.kind in "bif" and array.dtype.itemsize <= 8 else None
+    if array.dtype.kind not in "bif" or array.dtype.itemsize > 8 or _rounded(array, values):
+        return None
+    return array
+
+
+def _rounded(array: Any, values: Sequence[Any]) -> bool:
+    """Whether a whole number became a float that is another: NumPy makes such of those beyond 64 bits."""
+    if array.dtype.kind != "f" or not (np.abs(array) >= 2.0**53).any():
+        return False
+    return any(isinstance(one, int) and int(float(one)) != one for one in _flat(values))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _table(samples: Sequence[Any]) -> Any:

@@ -35,9 +35,15 @@ class Unit(NamedTuple):
     lane: str = ""
     """Which lane it is from, where units of several come together."""
 
+    def contents(self) -> list[Any]:
+        """What its samples were decoded from, None for one that something else was made of."""
+        if self.found is not None:
+            return [self.found.maker.content_of(self.found)]
+        return [one.found.maker.content_of(one.found) if isinstance(one, Made) else None for one in self.samples]
+
     def made(self) -> list[Any]:
         if self.found is None:
-            return self.samples
+            return [one.sample if isinstance(one, Made) else one for one in self.samples]
         maker = self.found.maker
         sample = maker.kept(self.found) if self.kept is LEFT_OUT else self.kept
         return [maker.transformed(self.found, sample)]
@@ -72,12 +78,19 @@ class Samples(Group):
                 yield Unit(found.identity, found.after, found, kept, [])
 
 
-def samples_of(records: Records, where: Where) -> Iterator[tuple[Found, Any]]:
-    """The samples, made, with the records that they come from."""
+class Made(NamedTuple):
+    """A sample, with the record that it comes from."""
+
+    found: Found
+    sample: Any
+
+
+def samples_of(records: Records, where: Where) -> Iterator[Made]:
+    """The samples, made."""
     for found in records(where):
         kept = found.maker.kept(found)
         if kept is not LEFT_OUT:
-            yield found, found.maker.transformed(found, kept)
+            yield Made(found, found.maker.transformed(found, kept))
 
 
 @final
@@ -226,13 +239,13 @@ class BatchByLength(Group):
             batches = self._batches(window, size, (*key, *window[0][0].identity))
             for number, batch in enumerate(batches[served:], served + 1):
                 after = (*end, 0, 0) if number == len(batches) else (*begin, number, size)
-                yield Unit(batch[0][0].identity, after, None, None, [sample for _, sample in batch])
+                yield Unit(batch[0].found.identity, after, None, None, list(batch))
             served = begun_with = 0
 
-    def _batches(self, window: list[_Sample], batch_size: int, key: tuple[Any, ...]) -> list[list[_Sample]]:
+    def _batches(self, window: list[Made], batch_size: int, key: tuple[Any, ...]) -> list[list[Made]]:
         lengths = [self._key(sample) for _, sample in window]
         buckets = [bisect.bisect(self._boundaries, length) for length in lengths]
-        batches: list[list[_Sample]] = []
+        batches: list[list[Made]] = []
         previous = -1
         for n in sorted(range(len(window)), key=lengths.__getitem__):
             same_bucket = previous >= 0 and buckets[n] == buckets[previous]
@@ -246,6 +259,3 @@ class BatchByLength(Group):
     def _is_full(self, count: int, length: int, batch_size: int) -> bool:
         """Whether a batch of ``count`` samples has no room for one of ``length``, the longest."""
         return count >= batch_size if self._most is None else (count + 1) * length > self._most
-
-
-_Sample = tuple[Found, Any]

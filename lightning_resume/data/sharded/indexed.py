@@ -42,7 +42,7 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
     def table(self) -> Table:
         """The files and their numbers of rows; reads all footers when nothing has told them yet."""
         if self._table is None:
-            self._table = self.format.measure(self.files)
+            self._table = self.format.measure(self.files, columns=self.options.columns)
         return self._table
 
     @property
@@ -62,7 +62,8 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
         new = dataclasses.replace(self.files, shards=tuple(s for s in self.listed if s.path not in known))
         if not new.shards:
             return False
-        table = self.table.extended(self.format.measure(new))
+        found = self.format.measure(new, columns=self.options.columns, known=self.table.schema)
+        table = self.table.extended(found)
         self.adopt(table, table.to_bytes())
         return True
 
@@ -93,6 +94,7 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
     def _rows(self, rows: Sequence[int]) -> pa.Table:
         if self._reader is None:
             self._reader = UnitReader(self.files, self.table, columns=self.options.columns, keep=self.keep)
+        self._reader.keep = self.keep
         return self._reader.take(np.asarray(rows, dtype=np.int64))
 
     def order_source(self, *, shuffle: bool) -> ShardedSource:

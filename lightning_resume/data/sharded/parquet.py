@@ -14,8 +14,18 @@ import torch
 
 from lightning_resume.data.sharded.dataset import Output
 from lightning_resume.data.sharded.files import Files
+from lightning_resume.data.sharded.parquet_file import (
+    SUFFIXES,
+    check_columns,
+    group_rows,
+    naming,
+    open_parquet,
+    pyarrow_parquet,
+    row_numbers,
+)
+from lightning_resume.data.sharded.schemas import Conforming, unified
 from lightning_resume.data.sharded.table import Rows, Table
-from lightning_resume.errors import CheckpointMismatchError, MissingPackageError
+from lightning_resume.errors import CheckpointMismatchError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,21 +39,43 @@ class Parquet:
     """What a parquet file holds, and where."""
 
     name = "parquet"
-    suffixes = (".parquet", ".pq")
+    suffixes = SUFFIXES
 
     def __init__(self) -> None:
-        _pyarrow_parquet()  # here, so that worker processes that are forked have it, and that its lack is told at once
+        pyarrow_parquet()  # here, so that worker processes that are forked have it, and that its lack is told at once
 
-    def measure(self, files: Files) -> Table:
-        """Reads all footers."""
-        parquet = _pyarrow_parquet()
+    def measure(self, files: Files, *, columns: Sequence[str] | None, known: bytes | None = None) -> Table:
+        """Reads all footers.
 
-        def rows_of(index: int) -> list[int]:
-            with files.open(index, cache_type="none") as opened:
-                return _group_rows(parquet.read_metadata(opened))
+        Args:
+            files: Which.
+            columns: That are to be read.
+            known: The schema of files that these come to.
+
+        Raises:
+            ValueError: A file cannot be read, lacks a column, or has it in a type that does not go with the others'.
+        """
+        import pyarrow as pa
+
+        parquet = pyarrow_parquet()
+
+        def footer(index: int) -> tuple[list[int], pa.Schema]:
+            url = files.url(index)
+            with files.open(index, cache_type="none") as opened, naming(url):
+                metadata = parquet.read_metadata(opened)
+            check_columns(metadata, url, columns)
+            return group_rows(metadata), metadata.schema.to_arrow_schema()
 
         with ThreadPoolExecutor(min(_THREADS, len(files.shards))) as threads:
-            return Table(files.shards, threads.map(rows_of, range(len(files.shards))))
+            footers = list(threads.map(footer, range(len(files.shards))))
+        schemas = [(files.url(index), schema) for index, (_, schema) in enumerate(footers)]
+        if known is not None:
+            schemas.insert(0, ("the files before", pa.ipc.read_schema(pa.py_buffer(known))))
+        schema, clashes = unified(schemas)
+        for name, text in clashes.items():
+            if columns is None or name in {column.split(".")[0] for column in columns}:
+                raise ValueError(text)
+        return Table(files.shards, (rows for rows, _ in footers), schema=schema.serialize().to_pybytes())
 
 
 @final
@@ -58,10 +90,11 @@ class UnitReader:
     """
 
     def __init__(self, files: Files, table: Table, *, columns: Sequence[str] | None, keep: int) -> None:
-        self._files, self._table, self._keep = files, table, keep
+        self._files, self._table, self.keep = files, table, keep
         self._columns = None if columns is None else list(columns)
         self._units: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._opened: collections.OrderedDict[int, tuple[Any, Any]] = collections.OrderedDict()
+        self._conforming: Conforming | None = None
         self._process = os.getpid()
         weakref.finalize(self, _close_all, self._opened)
 
@@ -73,12 +106,12 @@ class UnitReader:
         parts, places = [], []
         for unit in dict.fromkeys(units.tolist()):
             here = np.flatnonzero(units == unit)
-            parts.append(self._unit(unit).take(_indices(rows[here] - self._table.first_row[unit])))
+            parts.append(self._unit(unit).take(row_numbers(rows[here] - self._table.first_row[unit])))
             places.append(here)
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(places), kind="stable")
-        return pa.concat_tables(parts).take(_indices(back))
+        return pa.concat_tables(parts).take(row_numbers(back))
 
     def _unit(self, unit: int) -> pa.Table:
         if self._process != os.getpid():  # forked: what the parent opened is the parent's
@@ -88,14 +121,26 @@ class UnitReader:
         else:
             shard = int(np.searchsorted(self._table.first_unit, unit, side="right")) - 1
             group = unit - int(self._table.first_unit[shard])
-            while len(self._units) >= self._keep:
+            while len(self._units) >= self.keep:
                 self._units.popitem(last=False)
-            self._units[unit] = self._file(shard).read_row_group(group, columns=self._columns, use_threads=False)
+            file = self._file(shard)
+            with naming(self._files.url(shard)):
+                table = file.read_row_group(group, columns=self._columns, use_threads=False)
+            self._units[unit] = self._conformed(table, shard)
         return self._units[unit]
+
+    def _conformed(self, table: pa.Table, shard: int) -> pa.Table:
+        import pyarrow as pa
+
+        if self._conforming is None:
+            packed = self._table.schema
+            schema = None if packed is None else pa.ipc.read_schema(pa.py_buffer(packed))
+            self._conforming = Conforming(schema, self._columns)
+        return self._conforming(table, self._files.url(shard))
 
     def _file(self, shard: int) -> Any:
         if shard not in self._opened:
-            while len(self._opened) >= self._keep:
+            while len(self._opened) >= self.keep:
                 _close(self._opened.popitem(last=False)[1])
             # the reader asks for just what it needs, in few pieces: a cache in between would read more
             opened = self._files.open(shard, cache_type="none")
@@ -108,30 +153,16 @@ class UnitReader:
         return self._opened[shard][1]
 
     def _checked(self, shard: int, opened: Any) -> Any:
-        file = _pyarrow_parquet().ParquetFile(opened, pre_buffer=True)
-        if tuple(_group_rows(file.metadata)) != self._table.rows[shard]:
+        file = open_parquet(opened, self._files.url(shard), self._columns)
+        if tuple(group_rows(file.metadata)) != self._table.rows[shard]:
             raise CheckpointMismatchError(
                 "dataset",
                 f"row groups of {self._files.url(shard)}",
                 saved=f"rows {_short(self._table.rows[shard])}",
-                current=f"rows {_short(_group_rows(file.metadata))}",
+                current=f"rows {_short(group_rows(file.metadata))}",
                 advice="The file was written anew since its rows were counted. Put it back, or start anew.",
             )
-        names = set(file.schema_arrow.names)
-        unknown = [name for name in self._columns or () if not {name, name.split(".")[0]} & names]
-        if unknown:
-            raise ValueError(
-                f"{self._files.url(shard)} has no column {unknown[0]!r}; it has {file.schema_arrow.names}. Correct"
-                " `columns`."
-            )
         return file
-
-
-def _indices(rows: Rows) -> Any:
-    """The rows as Arrow takes them; given as NumPy's, they make it import pandas, in every worker process."""
-    import pyarrow as pa
-
-    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
 
 
 def to_batch(table: pa.Table, output: Output) -> Any:
@@ -189,10 +220,6 @@ def _wrapped(numbers: Any, output: Output) -> Any:
     return torch.from_numpy(numbers) if output is Output.TORCH else numbers
 
 
-def _group_rows(metadata: Any) -> list[int]:
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
 def _short(rows: Sequence[int]) -> str:
     return str(list(rows)) if len(rows) <= 8 else f"{list(rows[:8])} and {len(rows) - 8} more"
 
@@ -206,13 +233,3 @@ def _close(pair: tuple[Any, Any]) -> None:
     opened, file = pair
     file.close()
     opened.close()
-
-
-def _pyarrow_parquet() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingPackageError(
-            "Parquet files need pyarrow: `pip install 'lightning-resume[data]'`, or `pip install pyarrow`."
-        ) from error
-    return parquet

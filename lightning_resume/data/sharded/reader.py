@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, final
 
 from lightning_resume.data.sample_rng import making
 from lightning_resume.data.sharded import tail
+from lightning_resume.data.sharded.columns import Columns
+from lightning_resume.data.sharded.formats.rows import Row, table_of
 from lightning_resume.data.sharded.grouping import Group, Unit
 from lightning_resume.data.sharded.lanes import IN_TAIL, Cursor, Lane
+from lightning_resume.data.sharded.parquet import to_batch
 from lightning_resume.data.sharded.records import LaneReader, key_random_numbers
 
 
@@ -137,6 +140,10 @@ class Reader:
         )
 
     def _batch(self, units: list[Unit]) -> Any:
+        if isinstance(self.collate, Columns):
+            contents = [content for unit in units for content in unit.contents()]
+            if all(isinstance(content, Row) for content in contents) and (table := table_of(contents)) is not None:
+                return to_batch(table, self.collate.output)
         samples = [sample for unit in units for sample in unit.made()]
         if self._collate_draws:
             key_random_numbers("batch", self.seed, *units[0].identity)

@@ -83,6 +83,10 @@ class Maker:
         key_random_numbers("filter", self._seed, *found.identity)
         return sample if self.filter(sample) else LEFT_OUT
 
+    def content_of(self, found: Found) -> Any:
+        """What lies in the file, where the sample is no more than that."""
+        return found.content if self._transform is None else None
+
     def transformed(self, found: Found, sample: Any) -> Any:
         if self._transform is None:
             return sample

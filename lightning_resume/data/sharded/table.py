@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import itertools
 import json
@@ -28,10 +29,11 @@ class Table:
     Args:
         shards: Path and size of each file.
         rows: For each file, the number of rows of each of its units.
+        schema: The columns of all, as Arrow writes it; None where it is not known.
     """
 
-    def __init__(self, shards: Sequence[Shard], rows: Iterable[Sequence[int]]) -> None:
-        self.shards = tuple(shards)
+    def __init__(self, shards: Sequence[Shard], rows: Iterable[Sequence[int]], *, schema: bytes | None = None) -> None:
+        self.shards, self.schema = tuple(shards), schema
         self.rows = tuple(tuple(of_shard) for of_shard in rows)
         if len(self.shards) != len(self.rows):
             raise ValueError(f"{len(self.shards)} shards, but the rows of {len(self.rows)}")
@@ -62,13 +64,16 @@ class Table:
         return int(self.first_row[-1])
 
     def extended(self, other: Table) -> Table:
-        """These shards, then those of ``other``: rows keep their numbers."""
-        return Table(self.shards + other.shards, self.rows + other.rows)
+        """These shards, then those of ``other``, whose schema is that of all: rows keep their numbers."""
+        schema = None if self.schema is None else other.schema
+        return Table(self.shards + other.shards, self.rows + other.rows, schema=schema)
 
     def to_bytes(self) -> bytes:
         """A compact form: what is alike in many files, as paths and row counts are, takes little room."""
         runs = [[[n, len(list(same))] for n, same in itertools.groupby(of_shard)] for of_shard in self.rows]
-        content = {"version": _VERSION, "files": [[s.path, s.size] for s in self.shards], "rows": runs}
+        content: dict[str, Any] = {"version": _VERSION, "files": [[s.path, s.size] for s in self.shards], "rows": runs}
+        if self.schema is not None:
+            content["schema"] = base64.b64encode(self.schema).decode()
         return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 6)
 
     @classmethod
@@ -93,7 +98,8 @@ class Table:
         rows = [[int(n) for n, times in runs for _ in range(int(times))] for runs in content["rows"]]
         if any(n < 0 for of_shard in rows for n in of_shard):
             raise ValueError("a number of rows is negative")
-        return cls(shards, rows)
+        schema = content.get("schema")
+        return cls(shards, rows, schema=None if schema is None else base64.b64decode(schema, validate=True))
 
 
 def _unpacked(data: bytes) -> bytes:
