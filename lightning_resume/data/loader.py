@@ -51,6 +51,9 @@ class Share:
     whole: bool = False
     """Whether this process makes the batches of all ranks: a step's batch is then a list of them."""
 
+    def __post_init__(self) -> None:
+        check_share(self.rank, self.world_size)
+
     @property
     def ranks(self) -> Sequence[int]:
         return range(self.world_size) if self.whole else (self.rank,)
@@ -95,8 +98,8 @@ class ElasticLoader(Resumable):
         if not self._measured:
             readers = (1 if self._share.whole else self._share.world_size) * max(1, self.num_workers)
             self._source.plan(readers=readers, batch_size=self._share.batch_size)
+            enough_for_all(self._source.length, self._share.world_size)
             self._start = dataclasses.replace(self._known_start, length=self._source.length)
-            enough_for_all(self._start.length, self._share.world_size)
         return self._known_start
 
     @_start.setter
@@ -208,6 +211,7 @@ class ElasticLoader(Resumable):
         if order.steps_left(self._start, **self._counts) == 0:
             return
         if self._engine is None:
+            self._tell_what_is_visited()
             self._engine = self._make_engine()
         assert self._engine.generator is not None
         self._engine.generator.manual_seed(keyed_seed("workers", self._start.seed, self._start.epoch))
@@ -222,6 +226,15 @@ class ElasticLoader(Resumable):
                 except StopIteration:
                     return
             yield batch
+
+    def _tell_what_is_visited(self) -> None:
+        """Says what one process reads, so that it keeps no more than that in memory."""
+        share, size = self._share, self._share.batch_size
+        step = share.world_size * size
+        of_rank = 0 if share.whole else share.rank * size
+        starts = [self._start.consumed + of_rank + worker * step for worker in range(max(1, self.num_workers))]
+        starts += [start - self._start.consumed for start in starts]
+        self._source.visit(starts, steps_apart=max(1, self.num_workers) * step, batch=step if share.whole else size)
 
     def _make_engine(self) -> DataLoader[Any]:
         engine = copy.copy(without_state(self._user_loader))
@@ -317,6 +330,15 @@ class ElasticLoader(Resumable):
         self._engine = None
 
 
+def check_share(rank: int, world_size: int) -> None:
+    """Raises ValueError when there is no such rank."""
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank is {rank} and world_size is {world_size}; pass a world_size of at least 1, and a rank from 0 to"
+            " world_size - 1."
+        )
+
+
 def in_order(loader: Any) -> Any:
     """``loader``, or a copy that gives its batches in their order: a position cannot say which came early."""
     if getattr(loader, "in_order", True):
@@ -333,10 +355,12 @@ def in_order(loader: Any) -> Any:
 
 def enough_for_all(length: int, world_size: int) -> None:
     """Raises ValueError when some rank would get no sample."""
+    if not length:
+        raise ValueError("The dataset has no samples.")
     if length < world_size:
         raise ValueError(
-            f"The dataset has {length} samples for {world_size} ranks, so some rank would get none."
-            " Use fewer ranks, or let every rank see all samples with `use_distributed_sampler=False`."
+            f"The dataset has {length} samples for {world_size} ranks, so some rank would get none. Use fewer ranks."
+            " (A Trainer with `use_distributed_sampler=False` gives every rank all samples of a plain DataLoader.)"
         )
 
 

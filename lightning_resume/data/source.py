@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,15 @@ class Source(abc.ABC):
 
     def plan(self, *, readers: int, batch_size: int) -> None:
         """Is told, before the first sample of a new run, how many processes will read and in batches of what size."""
+
+    def visit(self, starts: Sequence[int], *, steps_apart: int, batch: int) -> None:
+        """Is told, before an iteration, which positions a process takes: ``batch`` from ``starts`` on, again and again.
+
+        Args:
+            starts: Where it begins, now and in epochs to come.
+            steps_apart: Positions from one of its batches to the next.
+            batch: Positions that follow each other.
+        """
 
     def check(self, state: Mapping[str, Any], saved: order.OrderState, current: order.OrderState) -> None:
         """Raises :class:`CheckpointMismatchError` when ``state`` belongs to other samples; changes nothing."""

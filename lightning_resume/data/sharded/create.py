@@ -70,10 +70,12 @@ def _indexed(
     **dataloader_options: Any,
 ) -> tuple[DataLoader[Any], ShardedDataset]:
     dataset.columnar = collate_fn is None and options.transform is None
+    if collate_fn is None and dataloader_options.get("batch_size", 1) is not None:  # without batches rows are rows
+        collate_fn = ColumnCollate(options.output)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         sampler=OwnOrder(dataset, shuffle=options.shuffle, seed=options.seed, drop_last=drop_last),
-        collate_fn=collate_fn or ColumnCollate(options.output),
+        collate_fn=collate_fn,
         drop_last=drop_last,
         **dataloader_options,
     )

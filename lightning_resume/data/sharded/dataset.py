@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_resume.data import order
+from lightning_resume.data.loader import check_share
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.scenarios import merged
 from lightning_resume.data.sharded.files import Files, Paths
@@ -67,6 +68,18 @@ class Options:
                 raise ValueError(f"{name} is {value}; pass at least 1, or None for the default.")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; pass at least 0.")
+        if isinstance(self.columns, str):
+            raise ValueError(f"columns is {self.columns!r}; pass a list of names.")
+        if self.columns is not None:
+            object.__setattr__(self, "columns", _names(self.columns))
+
+
+def _names(columns: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(columns)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"columns names {twice[0]!r} twice.")
+    return names
 
 
 class ShardedDataset:
@@ -147,8 +160,6 @@ class ShardedDataset:
         """
         from lightning_resume.data.sharded import create  # it imports this module
 
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
         options = Options(
             shuffle=shuffle,
             seed=seed,
@@ -165,7 +176,7 @@ class ShardedDataset:
             format=format,
             options=options,
             group=group,
-            share=None if rank is None or world_size is None else (rank, world_size),
+            share=share_of(rank, world_size),
             tail=None if tail is None else order.Tail(tail),
             storage_options=storage_options,
             batch_size=batch_size,
@@ -244,6 +255,16 @@ class ShardedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loader": _nobody}  # a worker has no use for it, and it cannot be sent
+
+
+def share_of(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Rank and world size that were both given, or None."""
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
+    check_share(rank, world_size)
+    return rank, world_size
 
 
 def _nobody() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import glob
 import os
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,10 +111,10 @@ def _filesystem(path: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 def _found(filesystem: Any, path: str, suffixes: Sequence[str]) -> tuple[str, list[tuple[str, int]]]:
     """The folder that all files at ``path`` will always lie in, and these files."""
     base = posixpath.dirname(path)
-    if has_magic(path):
-        while has_magic(base):
+    if has_magic(path) and not filesystem.exists(path):  # a name may hold brackets
+        while has_magic(base) and not filesystem.exists(base):
             base = posixpath.dirname(base)
-        entries = filesystem.glob(path, detail=True)
+        entries = filesystem.glob(glob.escape(base) + path[len(base) :], detail=True)
     elif filesystem.isdir(path):
         base = path
         entries = filesystem.find(path, detail=True)

@@ -71,7 +71,10 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
         return len(self.table)
 
     def __getitem__(self, row: int) -> Any:
-        return self.__getitems__([row])[0]
+        place = row + len(self) if row < 0 else row
+        if not 0 <= place < len(self):
+            raise IndexError(f"row {row} is outside a dataset of {len(self)} rows")
+        return self.__getitems__([place])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         return self._samples(self._rows(rows), lambda _: None)

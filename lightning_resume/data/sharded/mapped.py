@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_resume.data.fingerprint import fingerprint
 from lightning_resume.data.order import Permutation
-from lightning_resume.data.sharded.dataset import Output
+from lightning_resume.data.sharded.dataset import Output, share_of
 from lightning_resume.data.sharded.grouping import Group
 from lightning_resume.data.sharded.lane_source import LaneSource
 from lightning_resume.data.sharded.lanes import Cursor, Lane
@@ -62,15 +62,13 @@ def stream_of(
             as many as there are processes that read.
         dataloader_options: Anything else that :class:`torch.utils.data.DataLoader` takes.
     """
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
     source = MapSource(dataset, shuffle=shuffle, seed=seed, filter=filter, transform=transform)
     return StreamedLoader(
         StreamOf(dataset),
         source=source,
         group=group,
         seed=seed,
-        share=None if rank is None or world_size is None else (rank, world_size),
+        share=share_of(rank, world_size),
         lanes=lanes,
         output=Output(output),
         batch_size=batch_size,

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from lightning_resume.data.mixture import Blocks, shares_of
 from lightning_resume.data.randomness import keyed_seed
 from lightning_resume.data.sharded.create_streamed import StreamedDataset, file_source
-from lightning_resume.data.sharded.dataset import Output
+from lightning_resume.data.sharded.dataset import Output, share_of
 from lightning_resume.data.sharded.formats.rows import ParquetRows
 from lightning_resume.data.sharded.grouping import Group
 from lightning_resume.data.sharded.indexed import IndexedDataset
@@ -87,14 +87,12 @@ class StreamMixture(IterableDataset[Any]):
         **dataloader_options: Any,
     ) -> StreamedLoader:
         """Returns a loader over the mixture; the arguments are those of ``ShardedDataset.create_dataloader``."""
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
         return StreamedLoader(
             self,
             source=MixtureSource(self),
             group=group,
             seed=self.seed,
-            share=None if rank is None or world_size is None else (rank, world_size),
+            share=share_of(rank, world_size),
             lanes=lanes,
             output=Output(output),
             batch_size=batch_size,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 from typing import NamedTuple, final
 
 import numpy as np
@@ -19,6 +20,8 @@ from lightning_resume.data.order import Permutation
 from lightning_resume.data.sharded.table import Rows, Table
 
 _WINDOWS_KEPT = 256
+_TURNS_TRIED = 8
+"""For each lane, before all are taken to be visited."""
 
 
 class Window(NamedTuple):
@@ -124,6 +127,18 @@ class ShardedOrder:
         seed = _key("rows", self._seed, shard, number)
         rows = Permutation(int(starts[-1]), seed=seed, epoch=self._epoch) if self._shuffle and starts[-1] else None
         return Window(units, starts, rows)
+
+
+def lanes_visited(start: int, *, lanes: int, block: int, every: int, batch: int) -> int:
+    """How many lanes have rows at ``batch`` positions from ``start`` on, and from every ``every`` positions later."""
+    seen: set[int] = set()
+    # they come again after so many, if it has not been seen before that it is all of them
+    for turn in range(min(lanes * block // math.gcd(every, lanes * block), _TURNS_TRIED * lanes)):
+        first = start + turn * every
+        seen.update(number % lanes for number in range(first // block, (first + batch - 1) // block + 1)[:lanes])
+        if len(seen) == lanes:
+            return lanes
+    return len(seen) if lanes * block // math.gcd(every, lanes * block) <= _TURNS_TRIED * lanes else lanes
 
 
 def _permuted(length: int, seed: int, epoch: int) -> Rows:

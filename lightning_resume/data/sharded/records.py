@@ -147,7 +147,7 @@ class FileReader(LaneReader):
             place = Place(*start)
 
     def _order(self, epoch: int, path: str, place: Place, length: int) -> Sequence[int]:
-        if not self._shuffle:
+        if not self._shuffle or not length:
             return range(length)
         seed = keyed_seed("window", self._seed, path, *place)
         order: list[int] = Permutation(length, seed=seed, epoch=epoch).take(0, length).tolist()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from lightning_resume.data import order
 from lightning_resume.data.randomness import Request
 from lightning_resume.data.sharded.files import Difference, Shard, difference
-from lightning_resume.data.sharded.order import ShardedOrder
+from lightning_resume.data.sharded.order import ShardedOrder, lanes_visited
 from lightning_resume.data.sharded.table import Table
 from lightning_resume.data.source import Source
 from lightning_resume.errors import CheckpointMismatchError
@@ -91,6 +91,10 @@ class ShardedSource(Source):
     def _set_plan(self, lanes: int, block: int, window: int) -> None:
         self._lanes, self._block, self._window = lanes, block, window
         self.dataset.keep = lanes * window + 1
+
+    def visit(self, starts: Sequence[int], *, steps_apart: int, batch: int) -> None:
+        read = {"lanes": self._lanes, "block": self._block, "every": steps_apart, "batch": batch}
+        self.dataset.keep = max(lanes_visited(start, **read) for start in starts) * self._window + 1
 
     def state_dict(self) -> dict[str, Any]:
         self._shards_of(0)

@@ -61,12 +61,19 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         seed: int = 0,
         share: tuple[int, int] | None = None,
         lanes: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         output: Output = Output.TORCH,
         persistent_workers: bool = False,
         **options: Any,
     ) -> None:
+        if batch_size is None:
+            raise ValueError(
+                "batch_size is None; a stream makes batches. For single samples pass batch_size=1 and a `collate_fn`"
+                " that takes the one sample out of its list."
+            )
+        if group is not None and not isinstance(group, Group):
+            raise TypeError(f"group is {group!r}; pass a Packing or a BatchByLength.")
         # public, by the names of the arguments: Lightning makes a loader anew to predict with
         self.source, self.group, self.seed, self.output = source, group or Samples(), seed, output
         self.share, self.lanes = share, lanes
