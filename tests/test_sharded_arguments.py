@@ -130,3 +130,59 @@ def test_a_process_keeps_the_row_groups_of_its_own_lane_only(tmp_path: Path) -> 
     kept = [len(loader.dataset._reader._units) for _ in loader]
     assert len(kept) == 20
     assert max(kept) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("state", "said"), [(None, "None"), ("x", "'x'"), ([], r"\[\]"), ([None], r"\[None\]")])
+def test_what_is_no_state_is_refused(tmp_path: Path, kind: str, state: Any, said: str) -> None:
+    loader = make(write(tmp_path, [1], kind=kind), kind)
+    with pytest.raises(TypeError, match=f"load_state_dict was given {said}; pass"):
+        loader.dataset.load_state_dict(state)
+    with pytest.raises(TypeError, match=r"load_state_dict was given .*; pass"):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_a_state_is_refused_and_changes_nothing(tmp_path: Path, kind: str) -> None:
+    loader = make(write(tmp_path, [1, 2], kind=kind), kind)
+    next(iter(loader))
+    state = loader.state_dict()
+    for name in set(state) - {"counts"}:
+        part = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(ValueError, match=rf"not whole: it has no '{name}'|order differs"):
+            loader.load_state_dict(part)
+    assert loader.state_dict() == state
+
+
+def test_packing_dicts_asks_for_their_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0.parquet: a sample is a dict with \['i'\]; pass Packing the `key`"):
+        next(iter(make(write(tmp_path, [1]), group=Packing(4))))
+
+
+def test_a_group_is_a_group(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="group is 3; pass a Packing or a BatchByLength"):
+        make(write(tmp_path, [1]), group=3)
+
+
+def test_mixtures_say_what_they_take(tmp_path: Path) -> None:
+    stream = make(write(tmp_path, [1], kind="jsonl"), "jsonl").dataset
+    parquet = ShardedDataset.from_path(write(tmp_path, [1]))
+    with pytest.raises(TypeError, match=r"Dataset 0 of the mixture is a StreamedDataset.*`StreamMixture`"):
+        Mixture([stream])
+    for kind in (Mixture, StreamMixture):
+        with pytest.raises(TypeError, match=r"takes a list of datasets, not a IndexedDataset"):
+            kind(parquet)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"read as streams: use `ShardedDataset.create_dataloader`"):
+        ShardedDataset.from_path(tmp_path, format="jsonl")
+
+
+def test_what_is_no_loader_is_refused() -> None:
+    for nothing in (5, None):
+        with pytest.raises(TypeError, match=f"{nothing} is no loader: pass a DataLoader"):
+            make_resumable(nothing)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="None is no loader"):
+        dispatched(lambda: None).state_dict()  # type: ignore[arg-type,return-value]
+
+
+def test_a_tail_may_be_named() -> None:
+    assert len(make_resumable(DataLoader([1, 2, 3], batch_size=2), tail="drop")) == 1

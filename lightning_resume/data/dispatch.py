@@ -28,7 +28,7 @@ def dispatched(
     make_loader: Callable[[], Iterable[Any]],
     *,
     seed: int | None = None,
-    tail: order.Tail | None = None,
+    tail: order.Tail | str | None = None,
 ) -> DispatchedLoader:
     """Returns a loader whose data only rank 0 reads; the others get their batches from it.
 
@@ -70,7 +70,9 @@ class DispatchedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # __i
 
     sharing = Sharing.GLOBAL
 
-    def __init__(self, make_loader: Callable[[], Iterable[Any]], *, seed: int | None, tail: order.Tail | None) -> None:
+    def __init__(
+        self, make_loader: Callable[[], Iterable[Any]], *, seed: int | None, tail: order.Tail | str | None
+    ) -> None:
         # stands for a loader that Lightning leaves as it is; its data is on rank 0
         self.__dict__.update(DataLoader([None], sampler=_Elsewhere()).__dict__)  # type: ignore[arg-type]
         self._make: Callable[[], Iterable[Any]] = make_loader

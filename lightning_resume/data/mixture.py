@@ -8,7 +8,7 @@ both a block's counts and what came before it are arithmetic. Within a block a k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, final
 
@@ -63,8 +63,14 @@ class Mixture(Dataset[Any]):
         stop: Literal["first_exhausted", "all_exhausted"] | None = None,
         block_size: int | None = None,
     ) -> None:
-        self.datasets = list(datasets)
+        self.datasets = listed(datasets)
         self.seed = seed
+        for number, dataset in enumerate(self.datasets):
+            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+                raise TypeError(
+                    f"Dataset {number} of the mixture is a {type(dataset).__name__}, which has no length or no"
+                    " `__getitem__`. Streams are mixed by `StreamMixture`."
+                )
         self._in_order = [source_of(dataset, shuffle=False) for dataset in self.datasets]
         lengths = [source.length for source in self._in_order]
         self.shares = shares_of(lengths if weights is None else weights, lengths)
@@ -122,6 +128,13 @@ class Mixture(Dataset[Any]):
         state = order.OrderState(seed=0, length=self._length, shuffle=False)
         (request,) = MixtureSource(self, self._in_order, shuffle=False).take(state, position, position + 1)
         return request.index  # type: ignore[no-any-return]
+
+
+def listed(datasets: Iterable[Any]) -> list[Any]:
+    """The datasets of a mixture; raises TypeError for one that is not in a list."""
+    if isinstance(datasets, (Dataset, str)) or not isinstance(datasets, Iterable):
+        raise TypeError(f"A mixture takes a list of datasets, not a {type(datasets).__name__}: pass `[dataset, ...]`.")
+    return list(datasets)
 
 
 def source_of(dataset: Any, *, shuffle: bool) -> Source:

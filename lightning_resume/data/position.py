@@ -135,7 +135,7 @@ class Resumable(Scenarios):
         Raises:
             CheckpointMismatchError: The state belongs to another dataset, order or topology; nothing was changed.
         """
-        with self._strictness(strict):
+        with self._strictness(strict), whole(state_dict):
             self.check(state_dict)
         self._load(state_dict)
         self._begin_attributes()
@@ -255,6 +255,29 @@ class Resumable(Scenarios):
     def _fixed(self) -> dict[str, Any]:
         """What must be the same on load, by name."""
         return {name: self.topology.get(name) for name in self.capabilities.fixed()}
+
+
+@contextlib.contextmanager
+def whole(state_dict: Any) -> Iterator[None]:
+    """Raises an error that says so when what is loaded inside is no state of a loader, or a part of one."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_state_dict was given {_named(state_dict)}; pass what `state_dict` has returned, or what was loaded"
+            " from the file that it was saved to."
+        )
+    try:
+        for name in ("kind", "fixed", "ended"):
+            _ = state_dict[name]
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"The position in the data is not whole: it has no {error}. Pass all that `state_dict` has returned, or"
+            " load another checkpoint."
+        ) from error
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 _LEAVES_OUT = "of `fabric.load` leaves this loader's position out."

@@ -33,7 +33,7 @@ def make_resumable(
     rank: int = 0,
     world_size: int = 1,
     seed: int | None = None,
-    tail: order.Tail | None = None,
+    tail: order.Tail | str | None = None,
     shared: bool = False,
     strict: bool = True,
 ) -> Any:
@@ -61,6 +61,9 @@ def make_resumable(
         loader.share_by_default(rank=rank, world_size=world_size)
         return loader
     loader = in_order(loader)
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(f"{loader!r} is no loader: pass a DataLoader, or an iterable over batches.")
+    tail = None if tail is None else order.Tail(tail)
     adapter = adapter_for(loader) or next((known for known in _FALLBACKS if known.matches(loader)), None)
     if adapter is None:
         assert isinstance(loader, DataLoader)

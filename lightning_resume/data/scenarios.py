@@ -164,8 +164,16 @@ class Scenarios(abc.ABC):
     def _kind(self) -> str: ...
 
 
-def merged(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """One state from those of all ranks, where each rank's holds the cursors of its own lanes and the rest is equal."""
+def merged(states: Sequence[Any]) -> Mapping[str, Any]:
+    """One state from those of all ranks, where each rank's holds the cursors of its own lanes and the rest is equal.
+
+    Raises:
+        TypeError: They are no states.
+    """
+    if isinstance(states, str) or not states or not all(isinstance(state, Mapping) for state in states):
+        raise TypeError(f"load_state_dict was given {states!r}; pass one state, or a list of those of all ranks.")
+    if "lanes" not in states[0]:  # any rank's is that of all
+        return states[0]  # type: ignore[no-any-return]
     lanes: dict[str, Any] = {}
     for state in states:
         lanes.update(state["lanes"])

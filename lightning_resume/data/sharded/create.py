@@ -52,7 +52,10 @@ def indexed_dataset(
 ) -> IndexedDataset:
     """What :meth:`ShardedDataset.from_path` returns."""
     if format not in _INDEXED:
-        raise ValueError(f"format is {format!r}; pass one of {sorted(_INDEXED)}.")
+        raise ValueError(
+            f"format is {format!r}; pass one of {sorted(_INDEXED)}. Files of other formats are read as streams: use"
+            " `ShardedDataset.create_dataloader`, and `StreamMixture` to mix them."
+        )
     made = _INDEXED[format]()
     return IndexedDataset(
         list_files(path, suffixes=made.suffixes, storage_options=storage_options), options, format=made

@@ -230,9 +230,7 @@ class ShardedDataset:
             CheckpointMismatchError: It belongs to other files or another order; nothing was changed.
         """
         loader = self._bound()
-        if isinstance(state_dict, Sequence):  # of an indexed dataset any rank's is that of all
-            state_dict = merged(state_dict) if "lanes" in state_dict[0] else state_dict[0]
-        loader.load_state_dict(state_dict)
+        loader.load_state_dict(merged(state_dict) if isinstance(state_dict, Sequence) else state_dict)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes ``epoch`` the next, from its start; a position in it that was just loaded is kept."""

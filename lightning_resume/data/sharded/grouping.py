@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -157,6 +157,10 @@ class Packing(Group):
 
     def _tokens(self, found: Found, sample: Any) -> torch.Tensor:
         values = sample
+        if self._key is None and isinstance(sample, Mapping):
+            raise ValueError(
+                f"{found.url}: a sample is a dict with {list(sample)}; pass Packing the `key` of its tokens."
+            )
         if self._key is not None:
             if self._key not in sample:
                 raise ValueError(f"{found.url}: a sample has no {self._key!r}; it has {list(sample)}.")

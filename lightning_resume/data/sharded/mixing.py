@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 
 from torch.utils.data import IterableDataset
 
-from lightning_resume.data.mixture import Blocks, shares_of
+from lightning_resume.data.mixture import Blocks, listed, shares_of
 from lightning_resume.data.randomness import keyed_seed
 from lightning_resume.data.sharded.create_streamed import StreamedDataset, file_source
 from lightning_resume.data.sharded.dataset import Output, share_of
@@ -65,7 +65,7 @@ class StreamMixture(IterableDataset[Any]):
         seed: int = 0,
         stop: Stop | str = Stop.FIRST_EXHAUSTED,
     ) -> None:
-        self.datasets, self.shuffle, self.seed, self.stop = list(datasets), shuffle, seed, Stop(stop)
+        self.datasets, self.shuffle, self.seed, self.stop = listed(datasets), shuffle, seed, Stop(stop)
         self.weights = [1.0] * len(self.datasets) if weights is None else list(weights)
         self.blocks = Blocks(shares_of(self.weights, [1] * len(self.datasets)), None, length=_BLOCK)
 
