@@ -14,6 +14,7 @@ import torch
 
 from lightning_resume import BatchByLength, ShardedDataset, StreamMixture
 from lightning_resume.data.sharded.formats.rows import Rows
+from lightning_resume.data.sharded.table import Table
 from tests.streams import plain, stored
 
 
@@ -203,3 +204,26 @@ def test_large_numbers_of_json_lines_are_not_rounded(tmp_path: Path) -> None:
     batch = first(tmp_path, format="jsonl")
     assert batch["i"] == [1, 2**63 + 1, 2]
     assert batch["f"].tolist() == [1e300, 0.5, 3.0]
+
+
+def test_a_damaged_schema_in_a_state_is_said_to_be_damaged(tmp_path: Path) -> None:
+    loader = make(write(tmp_path, {"a": INTS}), batch_size=1)
+    next(iter(loader))
+    state = loader.state_dict()
+    table = Table.from_bytes(state["source"]["table"])
+    state["source"]["table"] = Table(table.shards, table.rows, schema=b"nonsense").to_bytes()
+    loader = make(tmp_path, batch_size=1)
+    loader.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"table of files is damaged.*load another checkpoint"):
+        next(iter(loader))
+
+
+def test_a_state_of_before_schemas_goes_on(tmp_path: Path) -> None:
+    loader = make(write(tmp_path, {"a": INTS}, {"a": INTS}), batch_size=2)
+    next(iter(loader))
+    state = loader.state_dict()
+    table = Table.from_bytes(state["source"]["table"])
+    state["source"]["table"] = Table(table.shards, table.rows).to_bytes()
+    loader = make(tmp_path, batch_size=2)
+    loader.load_state_dict(state)
+    assert [batch["a"].tolist() for batch in loader] == [[1, 2]]

@@ -46,7 +46,7 @@ def create(
     share: tuple[int, int] | None,
     tail: order.Tail | None,
     storage_options: Mapping[str, Any] | None,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int,
     collate_fn: Callable[[Any], Any] | None,
     drop_last: bool,

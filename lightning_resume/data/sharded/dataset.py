@@ -99,7 +99,7 @@ class ShardedDataset:
         path: Paths,
         *,
         format: str = "parquet",
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         shuffle: bool = False,
         seed: int = 0,
         num_workers: int = 0,
@@ -126,10 +126,10 @@ class ShardedDataset:
         world size, number of workers and batch size. Files that are finished are not opened again.
 
         Args:
-            path: A folder (all files below it with the format's suffix), a glob, a file, or a list of these; local, or
-                a URL that fsspec knows (``s3://...``).
+            path: A folder (all files below it with the format's suffix), a glob (every file that it matches), a file,
+                or a list of these; local, or a URL that fsspec knows (``s3://...``).
             format: ``"parquet"``, ``"jsonl"`` (also .gz and .zst), ``"text"`` or ``"tar"`` (WebDataset).
-            batch_size: Samples of one rank in one step.
+            batch_size: Samples of one rank in one step; None for parquet rows one by one, as dicts.
             shuffle: Whether to permute files, units within files, and samples within ``window`` units. False: the order
                 in which they lie.
             seed: Key of the order and of the samples' random numbers.
@@ -137,7 +137,7 @@ class ShardedDataset:
             rank: This process's index among those that see different data; by default from the strategy or the process
                 group.
             world_size: Number of those processes; by default as for ``rank``.
-            columns: Which columns to read; all by default.
+            columns: Which columns to read, of parquet also parts of them (``"meta.url"``); all by default.
             transform: Applied to each sample (a dict for parquet and JSON lines), with random numbers keyed by the
                 sample.
             filter: Samples for which it is false are left out.

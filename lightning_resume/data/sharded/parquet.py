@@ -23,7 +23,7 @@ from lightning_resume.data.sharded.parquet_file import (
     pyarrow_parquet,
     row_numbers,
 )
-from lightning_resume.data.sharded.schemas import Conforming, unified
+from lightning_resume.data.sharded.schemas import Conforming, unified, unpacked
 from lightning_resume.data.sharded.table import Rows, Table
 from lightning_resume.errors import CheckpointMismatchError
 
@@ -55,8 +55,6 @@ class Parquet:
         Raises:
             ValueError: A file cannot be read, lacks a column, or has it in a type that does not go with the others'.
         """
-        import pyarrow as pa
-
         parquet = pyarrow_parquet()
 
         def footer(index: int) -> tuple[list[int], pa.Schema]:
@@ -70,7 +68,7 @@ class Parquet:
             footers = list(threads.map(footer, range(len(files.shards))))
         schemas = [(files.url(index), schema) for index, (_, schema) in enumerate(footers)]
         if known is not None:
-            schemas.insert(0, ("the files before", pa.ipc.read_schema(pa.py_buffer(known))))
+            schemas.insert(0, ("the files before", unpacked(known)))
         schema, clashes = unified(schemas)
         for name, text in clashes.items():
             if columns is None or name in {column.split(".")[0] for column in columns}:
@@ -130,12 +128,9 @@ class UnitReader:
         return self._units[unit]
 
     def _conformed(self, table: pa.Table, shard: int) -> pa.Table:
-        import pyarrow as pa
-
         if self._conforming is None:
             packed = self._table.schema
-            schema = None if packed is None else pa.ipc.read_schema(pa.py_buffer(packed))
-            self._conforming = Conforming(schema, self._columns)
+            self._conforming = Conforming(None if packed is None else unpacked(packed), self._columns)
         return self._conforming(table, self._files.url(shard))
 
     def _file(self, shard: int) -> Any:

@@ -38,6 +38,20 @@ def unified(schemas: Iterable[tuple[str, pa.Schema]]) -> tuple[pa.Schema, dict[s
     return pa.schema([field for name, field in fields.items() if name not in clashes]), clashes
 
 
+def unpacked(schema: bytes) -> pa.Schema:
+    """The schema of a saved table of files.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(schema))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"The saved table of files is damaged ({error}): load another checkpoint.") from error
+
+
 def _distinct(schemas: Iterable[tuple[str, pa.Schema]]) -> Iterable[tuple[str, pa.Schema]]:
     known: set[bytes] = set()
     for url, schema in schemas:

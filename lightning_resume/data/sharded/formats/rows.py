@@ -115,7 +115,7 @@ def table_of(rows: Sequence[Row]) -> pa.Table | None:
     places: dict[Rows, list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(row.rows, []).append(place)
-    schema, clashes = unified((group.url, group.table.schema) for group in places)
+    schema, clashes = _schema_of(list(places))
     if clashes:
         if len({group.format for group in places}) == 1:
             raise ValueError(next(iter(clashes.values())))
@@ -128,3 +128,10 @@ def table_of(rows: Sequence[Row]) -> pa.Table | None:
     for number, place in enumerate(place for of_group in places.values() for place in of_group):
         back[place] = number
     return parts[0] if len(parts) == 1 else pa.concat_tables(parts).take(row_numbers(back))
+
+
+def _schema_of(groups: Sequence[Rows]) -> tuple[pa.Schema, dict[str, str]]:
+    schema = groups[0].table.schema
+    if all(group.table.schema.equals(schema) for group in groups):  # as nearly always
+        return schema, {}
+    return unified((group.url, group.table.schema) for group in groups)
