@@ -139,6 +139,18 @@ def test_a_part_of_a_struct_may_be_read(tmp_path: Path, options: Any) -> None:
     assert batch["n"] == [{"x": 1}, {"x": 5}]
 
 
+def test_parts_of_structs_become_of_one_type_too(tmp_path: Path) -> None:
+    narrow, wide = (pa.array([[{"x": 1, "y": "a"}]], pa.list_(pa.struct({"x": x, "y": pa.string()}))) for x in XS)
+    write(tmp_path, {"n": narrow}, {"n": wide})
+    for options in ({}, {"filter": bool}):
+        batch = first(tmp_path, columns=["n.list.element.x"], output="arrow", **options)
+        assert batch.schema.field("n").type == pa.list_(pa.struct({"x": pa.int64()}))
+        assert batch.column("n").to_pylist() == [[{"x": 1}], [{"x": 1}]]
+
+
+XS = (pa.int32(), pa.int64())
+
+
 @pytest.mark.parametrize("options", [{}, {"filter": bool}])
 @pytest.mark.parametrize("column", ["n.zzz", "i.zzz", "zzz", "n.x.y"])
 def test_a_part_that_is_not_there_is_named(tmp_path: Path, column: str, options: Any) -> None:

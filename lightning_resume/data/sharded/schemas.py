@@ -152,9 +152,9 @@ class Conforming:
         if columns is not None:
             tops = {name: name if name in known else name.split(".")[0] for name in columns}
             self._names = list(dict.fromkeys(tops.values()))
-            # of a struct some parts may be read, so its type in the file is not the one that it has here
-            known = {name: field for name, field in known.items() if name in columns}
         self._known, self._whole = known, schema is not None
+        self._partly = set(self._names or ()) - set(columns or ())
+        """Structs of which only parts are read."""
         self._learned: dict[str, tuple[pa.Field, str]] = {}
         self._as_it_is: pa.Schema | None = None
         """Of a table that needed no change."""
@@ -175,6 +175,9 @@ class Conforming:
         return [*self._known, *(name for name in table.column_names if name not in self._known)]
 
     def _field(self, name: str, table: pa.Table, url: str) -> pa.Field:
+        if name in self._known and name in self._partly:
+            field = self._known[name]
+            return field.with_type(_narrowed(field.type, table.schema.field(name).type))
         if name in self._known:
             return self._known[name]
         if name not in table.column_names:
@@ -184,6 +187,18 @@ class Conforming:
         if field.type != here.type:
             raise ValueError(_clash(field, first, here, url))
         return field
+
+
+def _narrowed(kind: pa.DataType, parts: pa.DataType) -> pa.DataType:
+    """The type without what ``parts`` has not."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind) and pa.types.is_struct(parts):
+        fields = {field.name: field for field in kind}
+        return pa.struct([fields[part.name].with_type(_narrowed(fields[part.name].type, part.type)) for part in parts])
+    if pa.types.is_list(kind) and _is_list(parts):
+        return pa.list_(kind.value_field.with_type(_narrowed(kind.value_type, parts.value_type)))
+    return kind
 
 
 def shaped(table: pa.Table, fields: Sequence[pa.Field], url: str) -> pa.Table:
