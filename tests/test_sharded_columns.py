@@ -179,6 +179,12 @@ def test_a_filter_changes_no_type_and_no_value(tmp_path: Path, output: str, grou
     assert plain(list(make(tmp_path, output=output, filter=bool, group=group))) == by_position
 
 
+def test_a_stream_names_the_files_of_types_that_none_holds(tmp_path: Path) -> None:
+    write(tmp_path, {"a": [1, 2]}, {"a": ["x"]})
+    with pytest.raises(ValueError, match=r"Column 'a' is int64 in .*0.parquet and string in .*1.parquet"):
+        first(tmp_path, filter=bool)
+
+
 def test_rows_that_a_filter_keeps_come_as_they_lie(tmp_path: Path) -> None:
     write(tmp_path, {"i": list(range(50))}, {"i": list(range(50, 100))})
     loader = make(tmp_path, batch_size=7, filter=lambda row: row["i"] % 9 == 4)

@@ -50,7 +50,7 @@ def naming(url: str) -> Iterator[None]:
         advice = "Write it again, or take it away."
         if not url.lower().endswith(SUFFIXES):
             advice = 'Pass `format=` for files that are not parquet: "jsonl", "text" or "tar".'
-        raise ValueError(f"{url} cannot be read as parquet: {error}. {advice}") from error
+        raise ValueError(f"{url} cannot be read as parquet: {str(error).rstrip('.')}. {advice}") from error
 
 
 def check_columns(metadata: Any, url: str, columns: Sequence[str] | None) -> None:
