@@ -131,6 +131,23 @@ def record(loader: Any) -> tuple[list[Any], list[Any]]:
                 return seen, states
 
 
+@pytest.mark.parametrize("make", [lambda: DataLoader(Noisy(), 4, shuffle=True), lambda: DataLoader(Plain(), 4)])
+def test_alone_an_epoch_that_is_set_begins_at_its_start_unless_it_was_just_loaded(make: Callable[[], Any]) -> None:
+    loader = dispatched(make, seed=3)
+
+    def epoch_of(epoch: int) -> list[Any]:
+        loader.set_epoch(epoch)
+        return list(map(plain, loader))
+
+    whole = epoch_of(0)
+    loader.set_epoch(0)
+    next(iter(loader))
+    state = stored(loader.state_dict())
+    assert epoch_of(0) == epoch_of(0) == whole != epoch_of(1)
+    loader.load_state_dict(state)
+    assert epoch_of(0) == whole[1:]
+
+
 def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(TypeError, match=r"given a DataLoader, but takes a function.*dispatched\(lambda: DataLoader"):
         dispatched(DataLoader([1]))  # type: ignore[arg-type]
