@@ -123,7 +123,9 @@ class ElasticLoader(Resumable):
         if not self._measured:
             fingerprint_now = fingerprint(self._user_loader.dataset)
             self._known_start = dataclasses.replace(self._known_start, fingerprint=fingerprint_now)
-        told = handshake.agreed(f"the {self._kind()} loader", self._compared(), [self._known_start.seed, self._readers])
+        told = handshake.agreed(
+            f"the setup of the {self._kind()} loader", self._compared(), [self._known_start.seed, self._readers]
+        )
         self._reseed(told[0][0])
         # those of the rank that has the most for each: lanes are then as many on every rank, and none is in two
         self._most_workers = max(readers for _, readers in told)

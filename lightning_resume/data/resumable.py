@@ -103,7 +103,9 @@ def _share(loader: Any, rank: int | None, world_size: int | None) -> tuple[int, 
     sampler = getattr(loader, "sampler", None)
     if rank is not None and world_size is not None:
         return rank, world_size
-    if isinstance(sampler, DistributedSampler) and not _asks_to_share(sampler):
+    if isinstance(sampler, DistributedSampler) and hasattr(
+        sampler, "rank"
+    ):  # classes derived need not call its __init__
         return sampler.rank, sampler.num_replicas
     of_group = _distributed.rank(), _distributed.world_size()
     return of_group if is_of_group(*of_group) else (0, 1)

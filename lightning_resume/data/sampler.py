@@ -69,7 +69,7 @@ class ElasticSampler(Sampler[list[int]]):
                 "batch_size": batch_size,
                 "seed": "none was given" if seed is None else seed,
             }
-            seeds = agreed("the ElasticSampler", same, self._state.seed)
+            seeds = agreed("ElasticSampler()", same, self._state.seed)
             self._state = dataclasses.replace(self._state, seed=seeds[0])
         self._finished, self._finished_at = False, self._counts
 

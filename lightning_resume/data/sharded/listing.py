@@ -8,7 +8,7 @@ import json
 import posixpath
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -17,9 +17,11 @@ from lightning_resume.data.handshake import agreed
 from lightning_resume.data.sharded.files import Files, Shard, difference
 from lightning_resume.errors import OutOfStepError
 
+T = TypeVar("T")
+
 _PIECE = 2**22
 """Characters that are sent at a time: torch's store takes 8 MiB."""
-_CALL = "listing the files of a ShardedDataset"
+_CALL = "the listing of a ShardedDataset's files"
 
 
 def of_all_ranks(make: Callable[[], Files]) -> Files:
@@ -43,9 +45,9 @@ def of_all_ranks(make: Callable[[], Files]) -> Files:
     return _of_rank_0(mine)
 
 
-def _attempt(make: Callable[[], Files]) -> tuple[Files | None, Exception | None]:
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
-        return make(), None
+        return act(), None
     except Exception as error:  # any: the others wait for this rank
         return None, error
 
@@ -55,8 +57,8 @@ def _of_rank_0(mine: Files) -> Files:
     pieces = range(0, agreed(_CALL, {}, len(packed))[0], _PIECE)
     text = "".join(agreed(_CALL, {}, packed[start : start + _PIECE])[0] for start in pieces)
     files = dataclasses.replace(mine, shards=_unpack(text))
-    wrong, error = _attempt_text(lambda: _wrong(files, mine))
-    told = agreed("finding the files that rank 0 lists", {}, wrong or (error and f"{type(error).__name__}: {error}"))
+    wrong, error = _attempt(lambda: _wrong(files, mine))
+    told = agreed(_CALL, {}, wrong if error is None else f"{type(error).__name__}: {error}")
     found = [f"  rank {rank}: {one}\n" for rank, one in enumerate(told) if one]
     if found:
         raise OutOfStepError(
@@ -83,13 +85,6 @@ def _size(filesystem: Any, files: Files, path: str) -> int | None:
         return int(filesystem.info(posixpath.join(files.root, path))["size"])
     except FileNotFoundError:
         return None
-
-
-def _attempt_text(act: Callable[[], str]) -> tuple[str, Exception | None]:
-    try:
-        return act(), None
-    except Exception as error:  # any: the others wait for this rank
-        return "", error
 
 
 def _pack(shards: Sequence[Shard]) -> str:
