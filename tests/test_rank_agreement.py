@@ -373,6 +373,7 @@ def through_fabric(data: Path) -> None:
     if rank == 1:
         list_late("-002.parquet", "-2.jsonl")
     made = {format: make(data, format, num_workers=[0, 2][rank]) for format in LENGTHS}
+    len(made["parquet"])  # which takes reading, and a plan of how it will be read
     other = make(data, "parquet", batch_size=[3, 5][rank])  # there is no process group yet
     torch.manual_seed(rank)
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy=ResumableDDPStrategy())

@@ -119,8 +119,10 @@ class ElasticLoader(Resumable):
         share = self._share
         if share.whole or self._ranks is not None or not handshake.is_of_group(share.rank, share.world_size):
             return  # an order of each rank's own may differ
-        self._source.agree(fresh=not self._measured)
-        if not self._measured:
+        fresh = not (self._resumed or self._taken or self._ended or self._known_start.batches)
+        self._source.agree(fresh=fresh)
+        if fresh:  # a length that was asked for before came of this rank's own plan
+            self._measured = not self._source.lazy
             fingerprint_now = fingerprint(self._user_loader.dataset)
             self._known_start = dataclasses.replace(self._known_start, fingerprint=fingerprint_now)
         told = handshake.agreed(

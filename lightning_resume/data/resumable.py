@@ -67,14 +67,13 @@ def make_resumable(
         ValueError: The dataset has fewer samples than there are ranks.
         OutOfStepError: The ranks' loaders differ; raised on all of them.
     """
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank} and world_size is {world_size}; pass both or none.")
+    given = not (rank is None and world_size is None)
+    rank, world_size = _share(loader, rank, world_size)
     if isinstance(loader, Resumable):
-        if rank is not None and world_size is not None:
+        if given:
             loader.share_by_default(rank=rank, world_size=world_size)
         loader.agree()
         return loader
-    given, (rank, world_size) = rank is not None, _share(loader, rank, world_size)
     adapter = adapter_for(loader) or next((known for known in _FALLBACKS if known.matches(loader)), None)
     if adapter is None:
         assert isinstance(loader, DataLoader)
@@ -101,11 +100,10 @@ _NOT_DIVIDED = (
 def _share(loader: Any, rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Rank and world size: as given, as the loader's sampler was given them, or those of the process group."""
     sampler = getattr(loader, "sampler", None)
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    if isinstance(sampler, DistributedSampler) and hasattr(
-        sampler, "rank"
-    ):  # classes derived need not call its __init__
+    if rank is not None or world_size is not None:
+        return (_distributed.rank() if rank is None else rank), (world_size or _distributed.world_size())
+    # classes derived need not have called its __init__
+    if isinstance(sampler, DistributedSampler) and hasattr(sampler, "rank"):
         return sampler.rank, sampler.num_replicas
     of_group = _distributed.rank(), _distributed.world_size()
     return of_group if is_of_group(*of_group) else (0, 1)

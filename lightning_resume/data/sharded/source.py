@@ -98,7 +98,9 @@ class ShardedSource(Source):
         of_all = listing.of_all_ranks(
             lambda: dataclasses.replace(self.dataset.files, shards=tuple(self.dataset.listed))
         )
-        self.dataset.relist(of_all, fresh=fresh and not self._grown)
+        self.dataset.relist(of_all, fresh=fresh)
+        if fresh:
+            self._grown = []
 
     def _set_plan(self, lanes: int, block: int, window: int) -> None:
         self._lanes, self._block, self._window = lanes, block, window
