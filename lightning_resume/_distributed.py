@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,15 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def timeout() -> datetime.timedelta:
+    """How long the process group waits for a rank: groups that we make wait as long, not torch's 30 minutes."""
+    group = dist.distributed_c10d._get_default_group()
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    store: Any = dist.distributed_c10d._get_default_store()  # waits as long, unless a user made it
+    limit: datetime.timedelta = getattr(options, "_timeout", store.timeout)
+    return limit
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:

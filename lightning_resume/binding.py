@@ -446,6 +446,7 @@ class TrainerBinding:
         if not (is_fitting(self.trainer) and self.trainer.training):
             if isinstance(loader, Resumable):  # one that divides its data itself does so in validation too
                 loader.share_by_default(rank=share["rank"], world_size=share["num_replicas"])
+                loader.agree()
             return loader
         resumable = make_resumable(loader, rank=share["rank"], world_size=share["num_replicas"])
         if not self._strict:

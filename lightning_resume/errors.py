@@ -76,7 +76,10 @@ class RankLostError(ResumeError, RuntimeError):
 
 
 class OutOfStepError(ResumeError, RuntimeError):
-    """Ranks that must make the same call made different ones; names ranks and calls. Raised on every rank."""
+    """Ranks that must do the same did not: made other calls, or loaders of another order. Names ranks and what differs.
+
+    Raised on every rank.
+    """
 
 
 class ReplicaMismatchError(CheckpointSaveError):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_resume import _distributed
 from lightning_resume.data import order
 from lightning_resume.data.capabilities import Capabilities, Change
+from lightning_resume.data.handshake import alone
 from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.producer import Elastic, InTurn, Producer
@@ -99,7 +100,8 @@ class DispatchedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # __i
         self.__dict__.update(num_workers=self._about.num_workers, batch_size=self._about.batch_size)
 
     def _produce(self, world_size: int) -> About:
-        self.loader = make_resumable(self._make(), **self._options)
+        with alone():
+            self.loader = make_resumable(self._make(), rank=0, world_size=1, **self._options)
         cuts = isinstance(self.loader, ElasticLoader) and not self.loader.changes_batches
         self._producer = (Elastic if cuts else InTurn)(self.loader, world_size)
         return About.of(self.loader, self._producer.start)

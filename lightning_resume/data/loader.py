@@ -18,9 +18,10 @@ from typing import Any, final
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_resume.data import order
+from lightning_resume.data import handshake, order
 from lightning_resume.data.adapters.torchdata import without_state
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
+from lightning_resume.data.fingerprint import fingerprint
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.randomness import (
     Batch,
@@ -91,12 +92,15 @@ class ElasticLoader(Resumable):
         self._measured = not source.lazy
         self.sharing = Sharing.REPLICATED if ranks is None else Sharing.PER_RANK
         self._engine: DataLoader[Any] | None = None
+        self._most_workers: int | None = None
+        """Processes that read for the rank that has the most, where ranks have told each other."""
 
     @property
     def _start(self) -> order.OrderState:
         """Where this iteration, or the next, begins."""
         if not self._measured:
-            readers = (1 if self._share.whole else self._share.world_size) * max(1, self.num_workers)
+            most = self._most_workers or self._readers
+            readers = (1 if self._share.whole else self._share.world_size) * most
             self._source.plan(readers=readers, batch_size=self._share.batch_size)
             enough_for_all(self._source.length, self._share.world_size)
             self._start = dataclasses.replace(self._known_start, length=self._source.length)
@@ -114,6 +118,46 @@ class ElasticLoader(Resumable):
         super().share_by_default(rank=rank, world_size=world_size)
         if self._share.default:
             self._share = dataclasses.replace(self._share, rank=rank, world_size=world_size)
+
+    def agree(self) -> None:
+        share = self._share
+        if share.whole or self._ranks is not None or not handshake.is_of_group(share.rank, share.world_size):
+            return  # an order of each rank's own may differ
+        fresh = not (self._resumed or self._taken or self._ended or self._known_start.batches)
+        self._source.agree(fresh=fresh)
+        if fresh:  # a length that was asked for before came of this rank's own plan
+            self._measured = not self._source.lazy
+            fingerprint_now = fingerprint(self._user_loader.dataset)
+            self._known_start = dataclasses.replace(self._known_start, fingerprint=fingerprint_now)
+        told = handshake.agreed(
+            f"the setup of the {self._kind()} loader", self._compared(), [self._known_start.seed, self._readers]
+        )
+        self._reseed(told[0][0])
+        # those of the rank that has the most for each: lanes are then as many on every rank, and none is in two
+        self._most_workers = max(readers for _, readers in told)
+
+    @property
+    def _readers(self) -> int:
+        return max(1, self.num_workers)
+
+    def _compared(self) -> dict[str, Any]:
+        start = self._known_start
+        return {
+            "batch_size": self._share.batch_size,
+            "tail": start.tail.value,
+            "seed": start.seed if self._explicit_seed else "none was given",
+            "dataset": start.fingerprint,
+            "length of the dataset": "told by its files" if self._source.lazy else start.length,
+            "epoch": start.epoch,
+            "samples taken of it": start.consumed,
+            **self._source.facts(),
+        }
+
+    def _reseed(self, seed: int) -> None:
+        if seed != self._known_start.seed:
+            self._known_start = dataclasses.replace(self._known_start, seed=seed)
+            self._source.reseed(seed)
+            self._shut_down()
 
     def make_for_all(self, world_size: int) -> None:
         """From here on makes the batches of ``world_size`` ranks: a list of them is one batch."""

@@ -193,6 +193,13 @@ class MixtureSource(Source):
         for source in self._sources:
             source.plan(readers=readers, batch_size=batch_size)
 
+    def facts(self) -> Mapping[str, Any]:
+        return {_FIELDS.get(name, "datasets of the mixture"): value for name, value in self._about().items()}
+
+    def agree(self, *, fresh: bool) -> None:
+        for source in self._sources:
+            source.agree(fresh=fresh)
+
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
         epochs = state.epoch * self.length
         datasets = self._datasets(state, epochs + start, epochs + stop)

@@ -120,6 +120,17 @@ class Resumable(Scenarios):
     def share_by_default(self, *, rank: int, world_size: int) -> None:
         """Says which part of the data is this process's, for where the user has not: the strategy knows."""
 
+    def agree(self) -> None:
+        """Has all ranks of the process group compare what their order depends on, and take rank 0's where it is open.
+
+        A collective, where this loader is the process group's: where its rank and world size are. It takes place when
+        loaders are made, or given to a strategy, which all ranks do; not at `iter`, for a map-style loader may be
+        looked at on one rank alone.
+
+        Raises:
+            OutOfStepError: Ranks differ; names in what, and the values of each. Raised on all of them.
+        """
+
     def hint(self, state_dict: Mapping[str, Any]) -> None:
         """Tells a state that may be loaded next, so that what it knows need not be read; changes nothing else."""
 

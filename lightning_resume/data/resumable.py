@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sized
 from typing import Any
 
@@ -15,23 +16,26 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_resume import _distributed
 from lightning_resume.data import order
 from lightning_resume.data.adapters.iterable import IterableAdapter, WorkersAdapter
 from lightning_resume.data.adapters.protocol import LoaderAdapter, is_from
 from lightning_resume.data.adapters.registry import adapter_for
 from lightning_resume.data.fingerprint import fingerprint
+from lightning_resume.data.handshake import is_of_group
 from lightning_resume.data.loader import BatchRequests, ElasticLoader, Share, enough_for_all, in_order
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.source import UNSIZED, Permuted, Replayed, Source
 from lightning_resume.data.stream import ResumableIterable, StreamLoader
 from lightning_resume.data.weighted import WeightedSampler
+from lightning_resume.state.component import Sharing
 
 
 def make_resumable(
     loader: Iterable[Any],
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     seed: int | None = None,
     tail: order.Tail | str | None = None,
     shared: bool = False,
@@ -45,20 +49,30 @@ def make_resumable(
 
     Args:
         loader: A ``DataLoader``, or any iterable over batches that can be iterated over again.
-        rank: This process's index among those that see different data.
-        world_size: Number of processes that see different data.
+        rank: This process's index among those that see different data; by default that of the loader's
+            ``DistributedSampler``, else its rank in the process group.
+        world_size: Number of processes that see different data; by default as for ``rank``.
         seed: Key of the order and of the samples' random numbers. By default what the loader's sampler or its
-            ``generator`` was seeded with, or ``seed_everything``, or torch's initial seed.
+            ``generator`` was seeded with, or ``seed_everything``, or torch's initial seed, of rank 0 where ranks share
+            one order.
         tail: What becomes of the samples that do not fill a step; by default as ``drop_last`` says.
         shared: Divide each step over the ranks although no ``DistributedSampler`` asks for it.
         strict: ``False`` lets a load go on at another world size, or number of workers or samples in a batch, where
             samples may then repeat or be lost; it warns about which. By default that is refused.
 
+    Where rank and world size are those of the process group and the ranks share one order, all ranks must call this:
+    they compare what the order depends on.
+
     Raises:
         ValueError: The dataset has fewer samples than there are ranks.
+        OutOfStepError: The ranks' loaders differ; raised on all of them.
     """
+    given = not (rank is None and world_size is None)
+    rank, world_size = _share(loader, rank, world_size)
     if isinstance(loader, Resumable):
-        loader.share_by_default(rank=rank, world_size=world_size)
+        if given:
+            loader.share_by_default(rank=rank, world_size=world_size)
+        loader.agree()
         return loader
     loader = in_order(loader)
     if not hasattr(loader, "__iter__"):
@@ -68,10 +82,35 @@ def make_resumable(
     if adapter is None:
         assert isinstance(loader, DataLoader)
         made: Resumable = _elastic(loader, rank=rank, world_size=world_size, seed=seed, tail=tail, shared=shared)
+        if (
+            not given
+            and made.sharing is Sharing.PER_RANK
+            and _is_stock(_sampling(loader)[0], RandomSampler, SequentialSampler)
+        ):
+            warnings.warn(_NOT_DIVIDED.format(world_size=world_size), stacklevel=2)
     else:
         made = _stream(loader, adapter(loader, rank=rank, world_size=world_size, seed=_seed(loader, seed)[0]))
     made.strict = strict
+    made.agree()
     return made
+
+
+_NOT_DIVIDED = (
+    "Each of the {world_size} ranks sees all samples of this DataLoader: it has no DistributedSampler. To divide them,"
+    " give it one, or use ResumableDataLoader. If this is what you want, pass rank and world_size."
+)
+
+
+def _share(loader: Any, rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and world size: as given, as the loader's sampler was given them, or those of the process group."""
+    sampler = getattr(loader, "sampler", None)
+    if rank is not None or world_size is not None:
+        return (_distributed.rank() if rank is None else rank), (world_size or _distributed.world_size())
+    # classes derived need not have called its __init__
+    if isinstance(sampler, DistributedSampler) and hasattr(sampler, "rank"):
+        return sampler.rank, sampler.num_replicas
+    of_group = _distributed.rank(), _distributed.world_size()
+    return of_group if is_of_group(*of_group) else (0, 1)
 
 
 _FALLBACKS: tuple[type[LoaderAdapter], ...] = (IterableAdapter, WorkersAdapter)
@@ -219,15 +258,16 @@ def _seed(loader: Any, seed: int | None) -> tuple[int, bool]:
     if generator is None and not is_from(sampler, "torchdata", "RandomSampler"):
         generator = getattr(sampler, "generator", None)
     if isinstance(generator, torch.Generator):
-        return generator.initial_seed() & _MASK, True
+        return generator.initial_seed() & SEEDS, True
     chosen = os.environ.get("PL_GLOBAL_SEED")
     sampler_seed = getattr(sampler, "seed", None)
     if isinstance(sampler_seed, int):  # DistributedSampler: Lightning seeds it from PL_GLOBAL_SEED, else with 0
-        return sampler_seed & _MASK, chosen is not None or sampler_seed != 0
-    return (int(chosen), True) if chosen is not None else (torch.initial_seed() & _MASK, False)
+        return sampler_seed & SEEDS, chosen is not None or sampler_seed != 0
+    return (int(chosen), True) if chosen is not None else (torch.initial_seed() & SEEDS, False)
 
 
-_MASK = (1 << 63) - 1
+SEEDS = (1 << 63) - 1
+"""Those of the order; torch's may be larger."""
 
 
 def _stand_in(cls: type, loader: object) -> Any:

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, final
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_resume import _distributed
 from lightning_resume.data import order
 from lightning_resume.data.fingerprint import fingerprint
+from lightning_resume.data.handshake import agreed, is_of_group
 from lightning_resume.data.loader import ElasticLoader
-from lightning_resume.data.resumable import make_resumable
+from lightning_resume.data.resumable import SEEDS, make_resumable
 from lightning_resume.errors import CheckpointMismatchError
 
 
@@ -29,10 +31,15 @@ class ElasticSampler(Sampler[list[int]]):
         dataset: Anything with a length.
         batch_size: Samples of one rank in one step; the last step of an epoch may be smaller, or larger by one.
         shuffle: ``False`` for the dataset's own order.
-        seed: Key of the order.
+        seed: Key of the order; None for torch's initial seed, of rank 0 where there is a process group.
         tail: What becomes of samples that do not fill a step.
         rank: This process's index among those that see different data; by default its global rank.
         world_size: Number of those processes; by default all.
+
+    Where rank and world size are those of the process group, all ranks must make it: they compare the arguments.
+
+    Raises:
+        OutOfStepError: The ranks' samplers differ; raised on all of them.
     """
 
     def __init__(
@@ -41,7 +48,7 @@ class ElasticSampler(Sampler[list[int]]):
         batch_size: int,
         *,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | None = 0,
         tail: order.Tail | str = order.Tail.EVEN,
         rank: int | None = None,
         world_size: int | None = None,
@@ -50,8 +57,20 @@ class ElasticSampler(Sampler[list[int]]):
         self.rank = _distributed.rank() if rank is None else rank
         self.world_size = _distributed.world_size() if world_size is None else world_size
         self._state = order.OrderState(
-            seed=seed, length=len(dataset), tail=order.Tail(tail), shuffle=shuffle, fingerprint=fingerprint(dataset)
+            seed=torch.initial_seed() & SEEDS if seed is None else seed,
+            length=len(dataset),
+            tail=order.Tail(tail),
+            shuffle=shuffle,
+            fingerprint=fingerprint(dataset),
         )
+        if is_of_group(self.rank, self.world_size):
+            same = {
+                **self._state.to_dict(),
+                "batch_size": batch_size,
+                "seed": "none was given" if seed is None else seed,
+            }
+            seeds = agreed("ElasticSampler()", same, self._state.seed)
+            self._state = dataclasses.replace(self._state, seed=seeds[0])
         self._finished, self._finished_at = False, self._counts
 
     @property
@@ -121,7 +140,13 @@ class ResumableDataLoader(ElasticLoader, DataLoader[Any]):  # type: ignore[misc]
         dataset: A map-style dataset.
         rank: This process's index among those that see different data; by default its global rank.
         world_size: Number of those processes; by default all.
-        seed: Key of the order and of the samples' random numbers.
+        seed: Key of the order and of the samples' random numbers; by default what ``generator`` was seeded with, or
+            ``seed_everything``, or torch's initial seed, of rank 0 where there is a process group.
+
+    Where rank and world size are those of the process group, all ranks must make it: they compare the arguments.
+
+    Raises:
+        OutOfStepError: The ranks' loaders differ; raised on all of them.
     """
 
     def __init__(

@@ -51,6 +51,19 @@ class Source(abc.ABC):
             batch: Positions that follow each other.
         """
 
+    def facts(self) -> Mapping[str, Any]:
+        """What the order depends on beside the :class:`~lightning_resume.data.order.OrderState`, by argument."""
+        return {}
+
+    def agree(self, *, fresh: bool) -> None:
+        """Takes rank 0's view of what ranks may see differently: files. A collective.
+
+        ``fresh`` says that no position depends on it yet.
+        """
+
+    def reseed(self, seed: int) -> None:
+        """Is told another seed, before the first sample of a new run."""
+
     def check(self, state: Mapping[str, Any], saved: order.OrderState, current: order.OrderState) -> None:
         """Raises :class:`CheckpointMismatchError` when ``state`` belongs to other samples; changes nothing."""
         for field, advice in _SAMPLES.items():
@@ -167,6 +180,9 @@ class Replayed(Source):
                         break
         self._position += len(drawn)
         return drawn  # fewer than asked for, where a sampler without a length has come to its end
+
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         return {"sampler": {str(epoch): state for epoch, state in self._previous_at_start.items()}}

@@ -124,6 +124,9 @@ class WeightedSource(Source):
             self._orders[seed, epoch] = _smallest(self._weights, _key(seed, epoch), self.length)
         return self._orders[seed, epoch]
 
+    def facts(self) -> Mapping[str, Any]:
+        return self.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         return {"weights": f"{len(self._weights)} of hash {self._hash}", "seed": self._sampler.seed}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_resume import _distributed
 from lightning_resume.data import order
+from lightning_resume.data.handshake import is_of_group
 from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.data.resumable import make_resumable
-from lightning_resume.data.sharded import create_streamed
+from lightning_resume.data.sharded import create_streamed, listing
 from lightning_resume.data.sharded.dataset import Options, ShardedDataset
 from lightning_resume.data.sharded.files import Paths, list_files
 from lightning_resume.data.sharded.indexed import ColumnCollate, IndexedDataset, OwnOrder
@@ -33,7 +35,9 @@ def create(
 ) -> tuple[DataLoader[Any], ShardedDataset]:
     """What :meth:`ShardedDataset.create_dataloader` returns."""
     if format in _INDEXED and options.filter is None and group is None:
-        dataset = indexed_dataset(path, format=format, options=options, storage_options=storage_options)
+        dataset = indexed_dataset(
+            path, format=format, options=options, storage_options=storage_options, of_group=_is_of_group(share)
+        )
         return _indexed(dataset, options, share=share, tail=tail, **dataloader_options)
     return create_streamed.create(
         path,
@@ -41,25 +45,34 @@ def create(
         options=options,
         group=group,
         share=share,
+        of_group=_is_of_group(share),
         tail=tail,
         storage_options=storage_options,
         **dataloader_options,
     )
 
 
+def _is_of_group(share: tuple[int, int] | None) -> bool:
+    return is_of_group(*(share or (_distributed.rank(), _distributed.world_size())))
+
+
 def indexed_dataset(
-    path: Paths, *, format: str, options: Options, storage_options: Mapping[str, Any] | None
+    path: Paths,
+    *,
+    format: str,
+    options: Options,
+    storage_options: Mapping[str, Any] | None,
+    of_group: bool = False,
 ) -> IndexedDataset:
-    """What :meth:`ShardedDataset.from_path` returns."""
+    """What :meth:`ShardedDataset.from_path` returns. ``of_group``: all ranks call it, and take rank 0's files."""
     if format not in _INDEXED:
         raise ValueError(
             f"format is {format!r}; pass one of {sorted(_INDEXED)}. Files of other formats are read as streams: use"
             " `ShardedDataset.create_dataloader`, and `StreamMixture` to mix them."
         )
     made = _INDEXED[format]()
-    return IndexedDataset(
-        list_files(path, suffixes=made.suffixes, storage_options=storage_options), options, format=made
-    )
+    listed = functools.partial(list_files, path, suffixes=made.suffixes, storage_options=storage_options)
+    return IndexedDataset(listing.of_all_ranks(listed) if of_group else listed(), options, format=made)
 
 
 def _indexed(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from torch.utils.data import IterableDataset
 
 from lightning_resume.data import order
+from lightning_resume.data.sharded import listing
 from lightning_resume.data.sharded.dataset import Options, ShardedDataset
 from lightning_resume.data.sharded.files import Files, Paths, list_files
 from lightning_resume.data.sharded.formats.format import Format
@@ -44,6 +46,7 @@ def create(
     options: Options,
     group: Group | None,
     share: tuple[int, int] | None,
+    of_group: bool,
     tail: order.Tail | None,
     storage_options: Mapping[str, Any] | None,
     batch_size: int | None,
@@ -56,7 +59,8 @@ def create(
     if tail is order.Tail.CARRY:
         raise ValueError(f"tail is {tail.value!r}, which a {format} stream cannot have; pass 'even' or 'drop'.")
     reads = _format(format, options)
-    files = list_files(path, suffixes=reads.suffixes, storage_options=storage_options)
+    listed = functools.partial(list_files, path, suffixes=reads.suffixes, storage_options=storage_options)
+    files = listing.of_all_ranks(listed) if of_group else listed()
     dataset = StreamedDataset(files, options, reads)
     loader = StreamedLoader(
         dataset,

@@ -56,6 +56,12 @@ class IndexedDataset(ShardedDataset, Dataset[Any]):
         self.files = dataclasses.replace(self.files, shards=table.shards)
         self._table, self._packed, self._reader = table, packed, None
 
+    def relist(self, files: Files, *, fresh: bool) -> None:
+        """Takes another rank's list of the files; of a ``fresh`` dataset they are what it consists of."""
+        if files.shards != tuple(self.listed) and fresh:
+            self.files, self._table, self._packed, self._reader = files, None, None, None
+        self.listed = files.shards
+
     def grow(self) -> bool:
         """Takes in files that are listed and not yet in the table; whether there were any."""
         known = {shard.path for shard in self.table.shards}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import bisect
+import dataclasses
 import functools
 import json
 import warnings
@@ -12,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from lightning_resume.data.randomness import keyed_seed
-from lightning_resume.data.sharded.files import Files, Shard, difference
+from lightning_resume.data.sharded import listing
+from lightning_resume.data.sharded.files import Files, Shard, difference, fingerprint
 from lightning_resume.data.sharded.formats.format import Format, Piece
 from lightning_resume.data.sharded.lanes import Cursor, Lane, deal
 from lightning_resume.data.sharded.records import FileLane, LaneReader
@@ -37,6 +39,16 @@ class LaneSource(abc.ABC):
     @abc.abstractmethod
     def facts(self) -> Mapping[str, Any]:
         """What has to be the same for a position to mean the same, by the name of the argument."""
+
+    @abc.abstractmethod
+    def data(self) -> Mapping[str, str]:
+        """What tells the data from other data, in words."""
+
+    def agree(self, *, fresh: bool) -> None:
+        """Takes rank 0's view of what ranks may see differently: files. A collective.
+
+        ``fresh`` says that no position depends on it yet.
+        """
 
     @abc.abstractmethod
     def lane(self, lane: Lane, lanes: int, cursor: Cursor) -> Any:
@@ -96,6 +108,16 @@ class FileSource(LaneSource):
 
     def facts(self) -> Mapping[str, Any]:
         return {"window": self._window, "seed": self._seed}
+
+    def data(self) -> Mapping[str, str]:
+        return {"files": f"{len(self._shards)}, of fingerprint {fingerprint(self._shards)}", "grown": str(self._grown)}
+
+    def agree(self, *, fresh: bool) -> None:
+        mine = dataclasses.replace(self.files, shards=tuple(self._listed))
+        of_all = listing.of_all_ranks(lambda: mine)
+        if fresh and of_all.shards != tuple(self._listed):
+            self._adopt(of_all.shards, [(0, len(of_all.shards))])
+        self._listed = of_all.shards
 
     def lane(self, lane: Lane, lanes: int, cursor: Cursor) -> FileLane:
         if (lane.epoch, lanes) not in self._dealt:

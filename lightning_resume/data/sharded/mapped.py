@@ -140,6 +140,9 @@ class MapSource(LaneSource):
     def facts(self) -> Mapping[str, Any]:
         return {"seed": self._seed}
 
+    def data(self) -> Mapping[str, str]:
+        return {"length of the dataset": str(self._length), "dataset": self._fingerprint}
+
     def lane(self, lane: Lane, lanes: int, cursor: Cursor) -> Slice:
         start, stop = (self._length * number // lanes for number in (lane.number, lane.number + 1))
         return Slice(lane.epoch, start, stop)

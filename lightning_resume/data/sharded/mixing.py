@@ -122,6 +122,14 @@ class MixtureSource(LaneSource):
     def facts(self) -> Mapping[str, Any]:
         return self._facts
 
+    def data(self) -> Mapping[str, str]:
+        parts = enumerate(self._parts)
+        return {f"{name} of dataset {number}": text for number, part in parts for name, text in part.data().items()}
+
+    def agree(self, *, fresh: bool) -> None:
+        for part in self._parts:
+            part.agree(fresh=fresh)
+
     def lane(self, lane: Lane, lanes: int, cursor: Cursor) -> MixtureLane:
         return MixtureLane(lane.epoch, lane.number, lanes)
 

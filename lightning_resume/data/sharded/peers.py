@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_resume import _distributed
+from lightning_resume.data.handshake import in_step
 
 
 class Peers(Protocol):
@@ -47,5 +48,7 @@ def _gloo_group() -> Any:
     """One for the life of the process group; made by all ranks together."""
     global _known
     if _known[0] is not dist.group.WORLD:
-        _known = dist.group.WORLD, dist.new_group(backend="gloo")
+        # torch makes it without a word of who is missing, where a loader is iterated over on one rank only
+        in_step("iter() of a stream, which all ranks read together")
+        _known = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_distributed.timeout())
     return _known[1]

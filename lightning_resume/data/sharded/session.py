@@ -95,6 +95,10 @@ class Session:
             rank=self._share.rank,
             world_size=self._share.world_size,
         )
+        steps = self._steps(everything)
+        yield from steps if self._peers is None else self._together(steps)
+
+    def _steps(self, everything: Changes) -> Iterator[Taken]:
         first = dict(everything)
         for step in itertools.count():
             answer = self._processes.answer(step % self._processes.count)
@@ -103,6 +107,17 @@ class Session:
                 return
             yield Taken(answer.batch, {**first, **_changes(answer)})
             first = {}
+
+    def _together(self, steps: Iterator[Taken]) -> Iterator[Taken]:
+        """The steps of the tail, which are as many on all ranks: asked after so that an error of one reaches all."""
+        ready: collections.deque[Taken] = collections.deque()
+        while True:
+            self._look_ahead(steps, ready)
+            self._smallest(len(ready))
+            for _ in range(min(self._ahead, len(ready))):
+                yield ready.popleft()
+            if not ready:
+                return
 
     def _turns(self, mine: Mapping[Lane, Cursor]) -> Generator[Taken, None, None]:
         """Full batches of the lanes, in turns."""
@@ -131,9 +146,7 @@ class Session:
         ready: collections.deque[Taken] = collections.deque()
         while True:
             self._look_ahead(turns, ready)
-            fewest = self._peers.smallest(len(ready))
-            if fewest < 0:
-                raise RuntimeError("Another rank failed while it read its samples. Look for its error in its log.")
+            fewest = self._smallest(len(ready))
             for _ in range(fewest - 1):
                 yield ready.popleft()
             if fewest <= self._ahead:
@@ -147,6 +160,13 @@ class Session:
         except Exception:
             self._peers.smallest(-1)  # the others are waiting for the answer
             raise
+
+    def _smallest(self, ready: int) -> int:
+        assert self._peers is not None
+        fewest = self._peers.smallest(ready)
+        if fewest < 0:
+            raise RuntimeError("Another rank failed while it read its samples. Look for its error in its log.")
+        return fewest
 
     def _start(self, lanes: list[dict[Lane, Cursor]], **options: Any) -> None:
         number = next(_numbers)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from lightning_resume.data import order
 from lightning_resume.data.randomness import Request
+from lightning_resume.data.sharded import listing
 from lightning_resume.data.sharded.files import Difference, Shard, difference
 from lightning_resume.data.sharded.order import ShardedOrder, lanes_visited
 from lightning_resume.data.sharded.table import Table
@@ -87,6 +89,18 @@ class ShardedSource(Source):
         # as they lie, the rows come file by file: with more than one lane they would not
         lanes = self.dataset.options.lanes or (readers if self.shuffle else 1)
         self._set_plan(lanes, batch_size, self._window)
+
+    def facts(self) -> Mapping[str, Any]:
+        options = self.dataset.options
+        return {"lanes": options.lanes, "window": options.window, "append_files": options.append_files}
+
+    def agree(self, *, fresh: bool) -> None:
+        of_all = listing.of_all_ranks(
+            lambda: dataclasses.replace(self.dataset.files, shards=tuple(self.dataset.listed))
+        )
+        self.dataset.relist(of_all, fresh=fresh)
+        if fresh:
+            self._grown = []
 
     def _set_plan(self, lanes: int, block: int, window: int) -> None:
         self._lanes, self._block, self._window = lanes, block, window

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_resume import _distributed
 from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
+from lightning_resume.data.handshake import disagreement, is_of_group
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.scenarios import merged
 from lightning_resume.data.sharded.columns import Columns
@@ -23,7 +24,7 @@ from lightning_resume.data.sharded.peers import Peers, ProcessGroup
 from lightning_resume.data.sharded.processes import Processes, ThisProcess, Workers
 from lightning_resume.data.sharded.reader import Reader
 from lightning_resume.data.sharded.session import Changes, Session, Share, Taken
-from lightning_resume.errors import CheckpointMismatchError
+from lightning_resume.errors import CheckpointMismatchError, OutOfStepError
 from lightning_resume.state.component import Sharing
 
 _REMEMBERED = 1024
@@ -81,6 +82,10 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self.peers: Peers | None = None
         self._processes: Processes | None = None
         self._epoch = 0
+        self._before: int | None = 0
+        """Batches that every rank took of the epoch before the iteration; not in states of earlier versions."""
+        self._most_workers: int | None = None
+        """Processes that read for the rank that has the most, where ranks have told each other."""
         self._lanes_from: list[tuple[int, int]] = []
         """From which epoch on how many lanes; empty until the first iteration."""
         self._loaded: Changes = {}
@@ -138,11 +143,15 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
     def share_by_default(self, *, rank: int, world_size: int) -> None:
         self._told_share = rank, world_size
 
+    def agree(self) -> None:
+        if self.peers is None and is_of_group(*self._share):
+            self.source.agree(fresh=not self._lanes_from)
+
     def _peers(self) -> Peers | None:
         _, world_size = self._share
         if world_size == 1 or self.peers is not None:
             return self.peers if world_size > 1 else None
-        if not _distributed.is_distributed():
+        if not _distributed.is_distributed() or get_worker_info() is not None:
             return None
         if not self._peers_known:
             warnings.warn(
@@ -160,7 +169,18 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         return self._lanes_from[max(0, bisect.bisect([first for first, _ in self._lanes_from], epoch) - 1)][1]
 
     def _enough_lanes(self) -> int:
-        return self.lanes or self._share[1] * max(1, self.num_workers)
+        # as many for each rank, and for none fewer than it has processes: ranks need the same amount of data
+        return self.lanes or self._share[1] * (self._most_workers or self._readers)
+
+    @property
+    def _lanes_to_be(self) -> list[tuple[int, int]]:
+        """What a run that has not begun says of its lanes: nothing, where other ranks have a say."""
+        asks = self.lanes is None and self._share[1] > 1 and self._peers_known
+        return [] if asks else [(self._epoch, self._enough_lanes())]
+
+    @property
+    def _readers(self) -> int:
+        return max(1, self.num_workers)
 
     @property
     def _is_shared(self) -> bool:
@@ -192,20 +212,60 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
     # -- iterating
 
     def _opened(self) -> None:
-        if not self._lanes_from:
-            self._lanes_from = [(self._epoch, self._enough_lanes())]
+        if self._start is not None:  # the batches of the last iteration did not count
+            self._now = dict(self._start)
+        self._undo.clear()
+
+    def _begin(self, peers: Peers | None) -> int:
+        """Settles which lanes there are, with the other ranks. Returns how many batches all look ahead for.
+
+        At the first batch of an iteration, since the ranks that share a stream ask each other then anyway: whoever
+        calls ``iter`` alone, or on one rank, does not wait. And in each epoch, of which ranks may have other ideas.
+        """
+        ahead = max(_AHEAD, self.num_workers * (self.prefetch_factor or 1))
+        begun = any(cursor != Cursor() for lane, cursor in self._loaded.items() if lane.epoch == self._epoch)
+        told = [(self._readers, ahead, begun or self._start is not None)]
+        if peers is not None:
+            ranks = peers.gather((self._compared(), told[0]))
+            if differ := disagreement(f"the {self._kind()} loader", [compared for compared, _ in ranks]):
+                raise OutOfStepError(differ)
+            told = [of_rank for _, of_rank in ranks]
+        self._most_workers = max(readers for readers, _, _ in told)
+        if not any(begun for _, _, begun in told):
+            self._grow_lanes()
         if self._start is None:
             self._start = self._lanes()
         self._now = dict(self._start)
-        self._undo.clear()
+        return max(ahead for _, ahead, _ in told)
+
+    def _compared(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            **self._facts(),
+            **self.source.data(),
+            "lanes": self.lanes,
+            "epoch": self._epoch,
+            "lanes of each epoch": str(self._lanes_from),
+            "batches taken of it": "unknown" if self._before is None else self._before,
+        }
+
+    def _grow_lanes(self) -> None:
+        """At the start of an epoch: as many lanes as there are processes, where these have become more."""
+        enough = self._enough_lanes()
+        first, most = self._lanes_from[-1] if self._lanes_from else (0, 0)
+        if self._lanes_from and (self.lanes is not None or enough <= most or self._epoch < first):
+            return
+        self._lanes_from.append((self._epoch, enough))
+        self._loaded = {lane: cursor for lane, cursor in self._loaded.items() if lane.epoch != self._epoch}
 
     def _batches(self) -> Iterator[Any]:
-        iteration = self._iteration
+        iteration, peers = self._iteration, self._peers()
+        ahead = self._begin(peers)
         live = {lane: cursor for lane, cursor in self._now.items() if cursor.turns > OVER}
         earlier = {lane: cursor for lane, cursor in self._now.items() if lane.epoch < self._epoch}
         if not live:
             return
-        session = self._session()
+        session = self._session(peers, ahead)
         try:
             if self._is_shared or all(cursor.turns == IN_TAIL for cursor in live.values()):
                 batches = session.tail({**live, **earlier})
@@ -220,8 +280,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         if iteration is self._iteration:
             self._finish(session)
 
-    def _session(self) -> Session:
-        peers = self._peers()
+    def _session(self, peers: Peers | None, ahead: int) -> Session:
         rank, world_size = self._share if peers is not None or self._is_shared else (0, 1)
         assert self.batch_size is not None
         return Session(
@@ -229,7 +288,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
             lambda lane, cursor: self.source.lane(lane, self._lanes_of(lane.epoch), cursor),
             Share(rank=rank, world_size=world_size, batch_size=self.batch_size, drop_last=self.drop_last),
             peers=peers,
-            ahead=max(_AHEAD, self.num_workers * (self.prefetch_factor or 1)),
+            ahead=ahead,
         )
 
     def _handed_out(self) -> None:
@@ -268,12 +327,10 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self._begin_epoch(self._epoch + 1, left)
 
     def _begin_epoch(self, epoch: int, left: Changes) -> None:
-        later = bool(self._lanes_from) and epoch > self._lanes_from[-1][0]
-        if later and self.lanes is None and self._enough_lanes() > self._lanes_from[-1][1]:
-            self._lanes_from.append((epoch, self._enough_lanes()))
         if epoch > self._epoch:
             self.source.grow(epoch)
         self._epoch, self._loaded, self._start, self._now = epoch, left, None, {}
+        self._before = 0
         self._undo.clear()
 
     def _go_to(self, epoch: int) -> None:
@@ -299,8 +356,9 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         return {
             "kind": self._kind(),
             "epoch": self._epoch,
+            "batches": None if self._before is None else self._before + self._taken - behind,
             "facts": self._facts(),
-            "lanes_from": [list(entry) for entry in self._lanes_from or [(self._epoch, self._enough_lanes())]],
+            "lanes_from": [list(entry) for entry in self._lanes_from or self._lanes_to_be],
             "lanes": {lane.name: cursor.to_plain() for lane, cursor in sorted(lanes.items()) if cursor is not None},
             "source": self.source.state_dict(),
             "fixed": self._fixed(),
@@ -334,6 +392,8 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
 
     def _check_lanes(self, state_dict: Mapping[str, Any]) -> None:
         epoch, lanes_from = state_dict["epoch"], state_dict["lanes_from"]
+        if not lanes_from:  # no run had begun
+            return
         count = next(lanes for first, lanes in reversed(lanes_from) if first <= epoch)
         saved = [Lane.from_name(name) for name in state_dict["lanes"]]
         rank, world_size = self._share
@@ -353,6 +413,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
         self._close()
         self.source.load_state_dict(state_dict["source"])
         self._epoch = int(state_dict["epoch"])
+        self._before = state_dict.get("batches")
         self._lanes_from = [(int(first), int(lanes)) for first, lanes in state_dict["lanes_from"]]
         self._loaded = {Lane.from_name(name): Cursor.from_plain(plain) for name, plain in state_dict["lanes"].items()}
         self._start, self._now = None, {}
