@@ -147,7 +147,7 @@ def test_a_part_of_a_state_is_refused_and_changes_nothing(tmp_path: Path, kind: 
     loader = make(write(tmp_path, [1, 2], kind=kind), kind)
     next(iter(loader))
     state = loader.state_dict()
-    for name in set(state) - {"counts"}:
+    for name in set(state) - {"counts", "batches"}:  # which states of earlier versions do without
         part = {key: value for key, value in state.items() if key != name}
         with pytest.raises(ValueError, match=rf"not whole: it has no '{name}'|order differs"):
             loader.load_state_dict(part)

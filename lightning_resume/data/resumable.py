@@ -105,7 +105,8 @@ def _share(loader: Any, rank: int | None, world_size: int | None) -> tuple[int, 
     """Rank and world size: as given, as the loader's sampler was given them, or those of the process group."""
     sampler = getattr(loader, "sampler", None)
     if rank is not None or world_size is not None:
-        return (_distributed.rank() if rank is None else rank), (world_size or _distributed.world_size())
+        mine = _distributed.rank() if rank is None else rank
+        return mine, (_distributed.world_size() if world_size is None else world_size)
     # classes derived need not have called its __init__
     if isinstance(sampler, DistributedSampler) and hasattr(sampler, "rank"):
         return sampler.rank, sampler.num_replicas
