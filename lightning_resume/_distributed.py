@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +27,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def local_world_size() -> int:
+    """How many ranks share this machine: what the launcher says, else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:

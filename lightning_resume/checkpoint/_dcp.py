@@ -12,7 +12,6 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -22,23 +21,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
-from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
 from lightning_resume.checkpoint.pickles import check_pickle
 
 __all__ = [
-    "CheckpointException",
     "StorageInfo",
     "flatten",
     "flatten_state_dict",
     "is_distributed_tensor",
     "load_metadata",
+    "local_boxes",
     "local_target",
-    "save",
     "set_element",
     "unflatten_state_dict",
 ]
@@ -48,11 +44,6 @@ ObjectPath = tuple[str | int, ...]
 _PICKLE_PROTOCOL = 4
 
 
-def save(state: dict[str, Any], *, writer: StorageWriter, planner: SavePlanner, no_dist: bool) -> None:
-    # the public dcp.save warns in a single process, and warnings.catch_warnings is not for threads
-    _save_state_dict(state_dict=state, storage_writer=writer, planner=planner, no_dist=no_dist)
-
-
 def flatten(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, ObjectPath]]:
     """Returns the leaves of ``state`` by flat key, and the path of each in ``state``, as DCP's planners do it."""
     return flatten_state_dict(_flatten_sharded_tensors(state))
@@ -60,6 +51,13 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, ObjectPath
 
 def is_distributed_tensor(value: object) -> bool:
     return isinstance(value, DTensor | ShardedTensor)
+
+
+def local_boxes(value: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Returns where in the whole tensor each part begins that this rank has of it, and its sizes."""
+    if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
+        return []
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in _create_chunk_list(value)]
 
 
 def local_target(flat: dict[str, Any], index: MetadataIndex) -> torch.Tensor:

@@ -25,7 +25,7 @@ from lightning_resume.checkpoint.layout import beside
 from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, checked_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.shards import CheckpointException, Shards, write_shards
+from lightning_resume.checkpoint.shards import Shards, write_shards
 from lightning_resume.errors import CheckpointSaveError, MissingPackageError, NonFiniteWarning, StaleCheckpointWarning
 
 _PACKAGES = {
@@ -93,13 +93,10 @@ def write_checkpoint(
     try:
         target = broadcast_object(agree("checking the path", partial(as_path, path)))
         return _save(target, _gather_state(state, leaves), meta, draft, weights)
-    except (Exception, CheckpointException) as error:
-        if isinstance(error, CheckpointSaveError | MissingPackageError):
-            raise
-        cause = _cause(error)
-        if not isinstance(cause, Exception):
-            raise cause from None  # DCP wraps even a KeyboardInterrupt
-        raise _explain(error, target or path) from cause
+    except (CheckpointSaveError, MissingPackageError):
+        raise
+    except Exception as error:
+        raise _explain(error, target or path) from error
 
 
 def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest, weights: Collection[str]) -> Manifest:
@@ -120,7 +117,10 @@ def _begin(target: AnyPath, draft: Manifest) -> Commit:
     return begin(target)
 
 
-def _finish(target: AnyPath, commit: Commit, shards: Shards, meta: object, draft: Manifest, started: float) -> Manifest:
+def _finish(
+    target: AnyPath, commit: Commit, shards: Shards | None, meta: object, draft: Manifest, started: float
+) -> Manifest:
+    assert shards is not None  # on rank 0
     with HashedFile(commit.folder / META_NAME) as file:
         torch_save({} if meta is None else meta, file)
     files = {**shards.files, META_NAME: file.entry()}
@@ -218,24 +218,11 @@ def _version_of(packages: Sequence[str]) -> str | None:
     return None
 
 
-def _failures(error: BaseException) -> dict[int, BaseException]:
-    """Returns the error of each rank that failed, as far as this rank knows them."""
-    if isinstance(error, CheckpointException):
-        return {r: wrapped[0] for r, wrapped in error.failures.items()}
-    return {rank(): error}
-
-
-def _cause(error: BaseException) -> BaseException:
-    failures = _failures(error)
-    return failures.get(rank(), next(iter(failures.values())))
-
-
-def _explain(error: BaseException, target: object) -> CheckpointSaveError:
-    failures = _failures(error)
-    told = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, e in failures.items())
+def _explain(error: Exception, target: object) -> CheckpointSaveError:
+    told = error.__cause__ if isinstance(error.__cause__, RemoteError) else error
+    text = str(told) if isinstance(told, RemoteError) else f"rank {rank()}: {type(error).__name__}: {error}"
     return CheckpointSaveError(
-        f"Saving the checkpoint {target} failed: {error if isinstance(error, RemoteError) else told}. "
-        f"{_advice([e for e in failures.values() if isinstance(e, OSError)])} "
+        f"Saving the checkpoint {target} failed: {text}. {_advice([error] if isinstance(error, OSError) else [])} "
         "A checkpoint that was there before is untouched."
     )
 
