@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -37,6 +38,7 @@ _PIECE_BYTES = 2**23
 """Of what one thread reads at once, and of what lies in memory beside the tensors."""
 _REMOTE_PIECE_BYTES = 2**25
 _REMOTE_READERS = 8
+_REMOTE_PAGES = 64  # of the index at once: a request takes as long as reading some MiB
 
 
 class IndexedContent:
@@ -60,8 +62,11 @@ class IndexedContent:
             if found != expected:
                 source.reject(f"file {INDEX_NAME}, page {number}", f"xxh3-128 {expected}", found)
 
-        read = Pages(lambda offset, length: source.part(INDEX_NAME, offset, length), check, size)
+        at_once = _REMOTE_PAGES if source.is_remote else 1
+        read = Pages(lambda offset, length: source.part(INDEX_NAME, offset, length), check, size, at_once=at_once)
         self._index = self._checked(lambda: Index(read, size, source.file_sizes()))
+        self._leaf_bytes: dict[str, int] = {}
+        self._one_at_a_time = threading.Lock()
 
     @cached_property
     def keys(self) -> dict[str, TensorInfo | None]:
@@ -86,6 +91,8 @@ class IndexedContent:
         """The verified bytes of a leaf."""
         placed = self._checked(lambda: self._index.leaf(key))
         assert placed is not None
+        self._leaf_bytes[key] = placed.item.data
+        self._check_bytes(sum(self._leaf_bytes.values()))
         return bytes(self._source.data(self._file(placed), placed.item, f"item {key!r}"))
 
     def check_covered(self, key: str) -> None:
@@ -108,6 +115,7 @@ class IndexedContent:
             decode: Makes an object of its key and its verified bytes.
         """
         found = {key: self._wanted(key, value) for key, value in flat.items()}
+        self._check_bytes(sum(placed.item.data for items in found.values() for placed in items))
         metadata = {key: self._metadata(key, items) for key, items in found.items()}
         plan = create_default_local_load_plan(flat, Metadata(state_dict_metadata=metadata), True)
         by_place = {(key, placed.box[0]): placed for key, items in found.items() for placed in items}
@@ -121,15 +129,11 @@ class IndexedContent:
         """Reads all of one file and checks it, as :meth:`~ItemSource.verify_pages` does."""
         if name in self._index.files:
             number = self._index.files.index(name)
-            items, keys = self._checked(lambda: (self._index.of_file(number), self._names))
-            of_file = {offset: key for (file, offset), key in keys.items() if file == number}
-            self._source.verify_items(name, items, of_file, read)
+            with self._one_at_a_time:  # the first one sorts what the others use as well
+                items = self._checked(lambda: self._index.of_file(number))
+            self._source.verify_items(name, items, read)
         else:
             self._source.verify_pages(name, read)
-
-    @cached_property
-    def _names(self) -> dict[tuple[int, int], str]:
-        return self._index.names_of_items()
 
     def _wanted(self, key: str, value: Any) -> list[Placed]:
         """The items that hold what this rank has of ``value``, which make up all of it."""
@@ -142,6 +146,11 @@ class IndexedContent:
             self._check_covers(key, box, items)
             wanted |= {placed.box[0]: placed for placed in items}
         return list(wanted.values())
+
+    def _check_bytes(self, wanted: int) -> None:
+        """Checks what different keys are to be read from; a few bytes that many share would fill any memory."""
+        if wanted > self._index.nbytes:
+            raise self._damaged(f"items of {wanted} bytes in files of {self._index.nbytes} bytes")
 
     def _check_covers(self, key: str, box: Box, items: Sequence[Placed]) -> None:
         self._checked(lambda: check_apart(key, [_chunk(placed) for placed in items]))
@@ -203,9 +212,12 @@ class IndexedContent:
         try:
             return look()
         except ValueError as error:
-            raise CheckpointCorruptError(
-                f"{self._source.folder / INDEX_NAME} is damaged: {error}. Load another checkpoint."
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, what: object) -> CheckpointCorruptError:
+        return CheckpointCorruptError(
+            f"{self._source.folder / INDEX_NAME} is damaged: {what}. Load another checkpoint."
+        )
 
 
 class _Read:

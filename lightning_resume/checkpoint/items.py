@@ -15,7 +15,7 @@ import xxhash
 from lightning_resume.checkpoint.manifest import FileEntry, Manifest
 from lightning_resume.checkpoint.paths import AnyPath, read_range, size_of
 from lightning_resume.checkpoint.remote import RemotePath
-from lightning_resume.checkpoint.stored import DIGEST_BYTES, StoredItem, blocks_of
+from lightning_resume.checkpoint.stored import DIGEST_BYTES, StoredItem, blocks_of, hash_of_items
 from lightning_resume.errors import CheckpointCorruptError
 
 _HASH_BYTES = 2**24  # at a time
@@ -101,23 +101,23 @@ class ItemSource:
         if whole.hexdigest() != entry.hash:
             self.reject(f"file {name}", f"xxh3-128 {entry.hash}", whole.hexdigest())
 
-    def verify_items(
-        self, name: str, items: Sequence[StoredItem], keys: Mapping[int, str], read: Callable[[int], None]
-    ) -> None:
-        """Reads all ``items`` of the file ``name`` and checks them; ``keys`` says which one begins at which byte.
+    def verify_items(self, name: str, items: Sequence[tuple[str, StoredItem]], read: Callable[[int], None]) -> None:
+        """Reads all ``items`` of the file ``name``, each with its key, and checks them.
 
         Raises:
             CheckpointCorruptError: One is missing or differs; names the first that does.
         """
-        size = self.checked_size(name)
-        position = 0
-        for item in items:
+        size, position = self.checked_size(name), 0
+        for key, item in items:
             if item.offset != position:
                 self.reject(f"file {name}", f"an item at byte {position}", f"one at byte {item.offset}")
-            self._verify_item(name, item, f"item {keys.get(item.offset, 'unknown')!r}", read)
+            self._verify_item(name, item, f"item {key!r}", read)
             position += item.length
         if position != size:
             self.reject(f"file {name}", f"{position} bytes", f"{size} bytes")
+        found = hash_of_items(item.digests for _, item in items)
+        if found != self.entry(name).hash:
+            self.reject(f"file {name}", f"xxh3-128 {self.entry(name).hash} of its items' hashes", found)
 
     def _verify_item(self, name: str, item: StoredItem, what: str, read: Callable[[int], None]) -> None:
         blocks = [(item.head + start, item.head + end) for _, start, end in blocks_of(item.data)]
