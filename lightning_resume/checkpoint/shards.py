@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Collection, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import xxhash
@@ -21,7 +23,7 @@ from lightning_resume._distributed import agree, gather_object, rank
 from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
 from lightning_resume.checkpoint.archive import contiguous, frame_of, memory_of
 from lightning_resume.checkpoint.filesystem import HashedFile, new_file
-from lightning_resume.checkpoint.index import PAGE_BYTES, Entry, Placed, build_index
+from lightning_resume.checkpoint.index import PAGE_BYTES, Box, Entry, Placed, build_index
 from lightning_resume.checkpoint.manifest import FileEntry
 from lightning_resume.checkpoint.names import INDEX_NAME, LEAF_PREFIX, METADATA_NAME, data_name
 from lightning_resume.checkpoint.paths import AnyPath
@@ -33,6 +35,13 @@ _DCP_VERSION = "1.0.0"
 _UPLOADS = 4  # at once, from each rank
 _LEAST_PART_BYTES = 2**24
 _MOST_NAMES = 20
+
+
+Data: TypeAlias = torch.Tensor | io.BytesIO
+WriteItems: TypeAlias = "Callable[[Path, Sequence[tuple[WriteItem, Data]], frozenset[str]], WrittenFile]"
+_Place: TypeAlias = "tuple[str, tuple[int, ...] | None]"
+"""Of an item: its key, and of a tensor where the shard begins."""
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +68,8 @@ class WrittenFile:
         return FileEntry(bytes=size, hash=hash_of_items(item.digests for item in self.items))
 
 
-def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[str] = ()) -> Shards | None:
-    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written.
+def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[str] = ()) -> Written | None:
+    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written, of which it has to tell.
 
     Must be called on all ranks. ``weights`` names, by flat key, the tensors that training changes.
 
@@ -73,7 +82,7 @@ def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[
     of_ranks = gather_object(mine, dst=0)
     if of_ranks is None:
         return None
-    return _Finished(planned, [file for files in of_ranks for file in files]).write(folder, weights)
+    return Written(planned, [file for files in of_ranks for file in files], frozenset(weights))
 
 
 def _write_plan(folder: AnyPath, plan: SavePlan, planner: SavePlanner, weights: frozenset[str]) -> list[WrittenFile]:
@@ -82,7 +91,7 @@ def _write_plan(folder: AnyPath, plan: SavePlan, planner: SavePlanner, weights: 
     of_rank = rank()  # asked here: the threads that upload have no group
 
     def write(part: int, items: Sequence[WriteItem]) -> WrittenFile:
-        return _write_file(folder / data_name(of_rank, part), items, planner, weights)
+        return _write_part(folder / data_name(of_rank, part), items, planner, weights)
 
     if isinstance(folder, Path):
         return [write(0, plan.items)] if plan.items else []
@@ -110,23 +119,39 @@ def _bytes_of(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _write_file(
+def _write_part(
     path: AnyPath, items: Sequence[WriteItem], planner: SavePlanner, weights: frozenset[str]
 ) -> WrittenFile:
     ordered = sorted(items, key=lambda item: item.type != WriteItemType.BYTE_IO)
-    written = WrittenFile(name=path.name, indexes=[item.index for item in ordered], items=[], nonfinite=[])
+    resolved = [(item, planner.resolve_data(item)) for item in ordered]
+    elsewhere: WriteItems | None = getattr(_of_thread, "write", None)
+    if elsewhere is not None and isinstance(path, Path):
+        return elsewhere(path, resolved, weights)
+    return write_items(path, resolved, weights)
+
+
+@contextlib.contextmanager
+def writing_with(write: WriteItems | None) -> Iterator[None]:
+    """Inside, this thread writes local files with ``write`` in place of :func:`write_items`, unless it is ``None``."""
+    _of_thread.write = write
+    try:
+        yield
+    finally:
+        _of_thread.write = None
+
+
+def write_items(path: AnyPath, items: Sequence[tuple[WriteItem, Data]], weights: frozenset[str]) -> WrittenFile:
+    """Writes one file of tensors and packed values, hashed and durable."""
+    written = WrittenFile(name=path.name, indexes=[item.index for item, _ in items], items=[], nonfinite=[])
     with ShardFile(path) as file:
-        for item in ordered:
-            stored, is_finite = _write_item(file, item, planner, weights)
+        for item, data in items:
+            stored, is_finite = _write_item(file, item, data, weights)
             written.items.append(stored)
             written.nonfinite.extend([] if is_finite else [item.index.fqn])
     return written
 
 
-def _write_item(
-    file: ShardFile, item: WriteItem, planner: SavePlanner, weights: frozenset[str]
-) -> tuple[StoredItem, bool]:
-    data = planner.resolve_data(item)
+def _write_item(file: ShardFile, item: WriteItem, data: Data, weights: frozenset[str]) -> tuple[StoredItem, bool]:
     if isinstance(data, io.BytesIO):
         return file.write(b"", data.getbuffer(), b""), True
     if data.is_quantized:
@@ -205,40 +230,46 @@ def _is_finite(values: torch.Tensor) -> bool:
     return bool(values.sum(dtype=wide).isfinite()) or bool(values.isfinite().all())
 
 
-class _Finished:
-    """All that was written, on rank 0, which says of it where it is."""
+class Written:
+    """All that was written, on rank 0, which says where everything is."""
 
-    def __init__(self, planned: Planned, files: Sequence[WrittenFile]) -> None:
+    def __init__(self, planned: Planned, files: Sequence[WrittenFile], weights: frozenset[str]) -> None:
         assert planned.metadata is not None
-        self._metadata = planned.metadata
+        self._metadata, self._weights = planned.metadata, weights
         self._files = files
-        self._places = {
-            index: Placed(file=number, item=item, box=((), ()))
+        # not by MetadataIndex, of which there are a million at 1024 ranks: it compares in Python
+        self._places: dict[_Place, tuple[int, StoredItem]] = {
+            (index.fqn, index.offset): (number, item)
             for number, file in enumerate(files)
             for index, item in zip(file.indexes, file.items, strict=True)
         }
 
-    def write(self, folder: AnyPath, weights: Collection[str]) -> Shards:
+    def describe(self, folder: AnyPath) -> Shards:
+        """Writes ``.metadata`` and the index.
+
+        Raises:
+            CheckpointSaveError: Something that was planned is not among what was written.
+            OSError: They could not be written.
+        """
         self._check_all_written()
         entries = {file.name: file.entry for file in self._files}
         entries[METADATA_NAME] = _write_whole(folder / METADATA_NAME, self._stock_metadata())
         entries[INDEX_NAME] = _write_pages(folder / INDEX_NAME, self._index())
         nonfinite = sorted({name for file in self._files for name in file.nonfinite})
-        return Shards(
-            files=entries, weights_hash=self._hash_of(frozenset(weights)), nonfinite=tuple(nonfinite[:_MOST_NAMES])
-        )
+        return Shards(files=entries, weights_hash=self._weights_hash(), nonfinite=tuple(nonfinite[:_MOST_NAMES]))
 
     def _check_all_written(self) -> None:
-        planned = {index for key in self._metadata.state_dict_metadata for index, _ in self._parts(key)}
-        missing = planned - self._places.keys()
+        planned = [place for key in self._metadata.state_dict_metadata for place, _ in self._parts(key)]
+        missing = [fqn for fqn, offset in planned if (fqn, offset) not in self._places]
         if missing:
-            names = ", ".join(sorted({index.fqn for index in missing})[:5])
+            names = ", ".join(sorted(set(missing))[:5])
             raise CheckpointSaveError(f"{len(missing)} of {len(planned)} planned items were not written: {names}")
 
     def _stock_metadata(self) -> bytes:
         stored = {
-            index: StorageInfo(self._files[placed.file].name, placed.item.offset, placed.item.length)
-            for index, placed in self._places.items()
+            index: StorageInfo(file.name, item.offset, item.length)
+            for file in self._files
+            for index, item in zip(file.indexes, file.items, strict=True)
         }
         return dump_metadata(replace(self._metadata, storage_data=stored, version=_DCP_VERSION))
 
@@ -247,7 +278,7 @@ class _Finished:
         leaves: dict[str, Placed] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
             path = (self._metadata.planner_data or {}).get(key, (key,))
-            placed = [replace(self._places[index], box=box) for index, box in self._parts(key)]
+            placed = [self._placed(place, box) for place, box in self._parts(key)]
             if key.startswith(LEAF_PREFIX) and path == (key,):  # a user's {"resume": {...}} has a path of two
                 leaves[key] = replace(placed[0], box=((), ()))
                 continue
@@ -256,21 +287,23 @@ class _Finished:
             entries[key] = Entry(path=path, dtype=dtype, shape=shape, items=placed)
         return build_index([file.name for file in self._files], entries, leaves)
 
-    def _parts(self, key: str) -> Iterator[tuple[MetadataIndex, Any]]:
-        """The index of every item of ``key``, and which part of the tensor it is."""
+    def _placed(self, place: _Place, box: Box) -> Placed:
+        number, item = self._places[place]
+        return Placed(file=number, item=item, box=box)
+
+    def _parts(self, key: str) -> Iterable[tuple[_Place, Box]]:
+        """Which items ``key`` consists of, and which part of the tensor each is."""
         stored = self._metadata.state_dict_metadata[key]
         if not isinstance(stored, TensorStorageMetadata):
-            yield MetadataIndex(key), ((), ())
-            return
-        for chunk in stored.chunks:
-            yield MetadataIndex(key, chunk.offsets), (tuple(chunk.offsets), tuple(chunk.sizes))
+            return [((key, None), ((), ()))]
+        return [((key, chunk.offsets), (chunk.offsets, chunk.sizes)) for chunk in stored.chunks]
 
-    def _hash_of(self, weights: frozenset[str]) -> str | None:
+    def _weights_hash(self) -> str | None:
         """Hashes the hashes of the weights, so in time that does not depend on their size."""
         told = sorted(
-            (index.fqn, tuple(index.offset or ()), placed.item.hash)
-            for index, placed in self._places.items()
-            if index.fqn in weights
+            (fqn, tuple(offset or ()), item.hash)
+            for (fqn, offset), (_, item) in self._places.items()
+            if fqn in self._weights
         )
         return xxhash.xxh3_128_hexdigest(repr(told).encode()) if told else None
 

@@ -25,7 +25,7 @@ from lightning_resume.checkpoint.layout import beside
 from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, checked_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.shards import Shards, write_shards
+from lightning_resume.checkpoint.shards import Written, write_shards
 from lightning_resume.errors import CheckpointSaveError, MissingPackageError, NonFiniteWarning, StaleCheckpointWarning
 
 _PACKAGES = {
@@ -103,8 +103,8 @@ def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest,
     started = time.perf_counter()
     commit = on_rank_zero("making the folder", partial(_begin, target, draft))
     try:
-        shards = write_shards(commit.folder, state, weights=weights)
-        return on_rank_zero("the commit", partial(_finish, target, commit, shards, meta, draft, started))
+        written = write_shards(commit.folder, state, weights=weights)
+        return on_rank_zero("the commit", partial(_finish, target, commit, written, meta, draft, started))
     except BaseException:
         if rank() == 0:
             commit.abandon()
@@ -118,9 +118,10 @@ def _begin(target: AnyPath, draft: Manifest) -> Commit:
 
 
 def _finish(
-    target: AnyPath, commit: Commit, shards: Shards | None, meta: object, draft: Manifest, started: float
+    target: AnyPath, commit: Commit, written: Written | None, meta: object, draft: Manifest, started: float
 ) -> Manifest:
-    assert shards is not None  # on rank 0
+    assert written is not None  # on rank 0
+    shards = written.describe(commit.folder)
     with HashedFile(commit.folder / META_NAME) as file:
         torch_save({} if meta is None else meta, file)
     files = {**shards.files, META_NAME: file.entry()}
