@@ -180,7 +180,7 @@ def replace_item(path: Path, key: str, data: bytes) -> None:
             part = whole[item.offset : item.offset + item.length]
             middle = memoryview(data if other == key else part[item.head : item.head + item.data])
             stored = file.write(part[: item.head], middle, part[item.head + item.data :])
-            items[other] = dataclasses.replace(placed, item=stored)
+            items[other] = placed._replace(item=stored)
     for other, entry in entries.items():
         entries[other] = dataclasses.replace(entry, items=[items[other]])
     hash_of_file = hash_of_items(placed.item.digests for placed in items.values())

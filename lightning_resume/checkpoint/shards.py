@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import math
 import threading
@@ -253,8 +254,10 @@ class Written:
         """
         self._check_all_written()
         entries = {file.name: file.entry for file in self._files}
-        entries[METADATA_NAME] = _write_whole(folder / METADATA_NAME, self._stock_metadata())
-        entries[INDEX_NAME] = _write_pages(folder / INDEX_NAME, self._index())
+        with _without_collecting():
+            metadata, index = self._stock_metadata(), self._index()
+        entries[METADATA_NAME] = _write_whole(folder / METADATA_NAME, metadata)
+        entries[INDEX_NAME] = _write_pages(folder / INDEX_NAME, index)
         nonfinite = sorted({name for file in self._files for name in file.nonfinite})
         return Shards(files=entries, weights_hash=self._weights_hash(), nonfinite=tuple(nonfinite[:_MOST_NAMES]))
 
@@ -280,7 +283,7 @@ class Written:
             path = (self._metadata.planner_data or {}).get(key, (key,))
             placed = [self._placed(place, box) for place, box in self._parts(key)]
             if key.startswith(LEAF_PREFIX) and path == (key,):  # a user's {"resume": {...}} has a path of two
-                leaves[key] = replace(placed[0], box=((), ()))
+                leaves[key] = placed[0]._replace(box=((), ()))
                 continue
             dtype = stored.properties.dtype if isinstance(stored, TensorStorageMetadata) else None
             shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else ()
@@ -306,6 +309,18 @@ class Written:
             if fqn in self._weights
         )
         return xxhash.xxh3_128_hexdigest(repr(told).encode()) if told else None
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Python's collector would look at the same million objects over and over; none of them is in a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _write_whole(path: AnyPath, data: bytes) -> FileEntry:
