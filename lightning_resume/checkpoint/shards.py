@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import xxhash
@@ -19,7 +21,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from lightning_resume._distributed import is_distributed, sendable, together
+from lightning_resume._distributed import group, is_distributed, sendable, together
 from lightning_resume.checkpoint._dcp import CheckpointException, StorageInfo, dump_metadata, save
 from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
 from lightning_resume.checkpoint.manifest import FileEntry, Item
@@ -27,12 +29,16 @@ from lightning_resume.checkpoint.names import METADATA_NAME, data_name
 from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.errors import CheckpointSaveError
 
-__all__ = ["CheckpointException", "Shards", "write_shards"]
+__all__ = ["CheckpointException", "Data", "Shards", "write_items", "write_shards", "writing_with"]
 
 _DCP_VERSION = "1.0.0"
 _UPLOADS = 4  # at once, from each rank
 _LEAST_PART_BYTES = 2**24
 _MOST_NAMES = 20
+
+Data: TypeAlias = torch.Tensor | io.BytesIO
+WriteItems: TypeAlias = Callable[[Path, Sequence[tuple[WriteItem, Data]], frozenset[str]], list[WriteResult]]
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[
     """
     writer = _ShardWriter(folder, frozenset(weights))
     with together():  # what a rank's own errors become is no RuntimeError
-        save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed())
+        save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed(), group=group())
     return writer.shards
 
 
@@ -158,8 +164,27 @@ def _bytes_of(item: WriteItem) -> int:
 def _write_part(
     path: AnyPath, items: Sequence[WriteItem], planner: SavePlanner, weights: frozenset[str]
 ) -> list[WriteResult]:
+    resolved = [(item, planner.resolve_data(item)) for item in _in_order(items)]
+    elsewhere: WriteItems | None = getattr(_of_thread, "write", None)
+    if elsewhere is not None and isinstance(path, Path):
+        return elsewhere(path, resolved, weights)
+    return write_items(path, resolved, weights)
+
+
+@contextlib.contextmanager
+def writing_with(write: WriteItems | None) -> Iterator[None]:
+    """Inside, this thread writes local files with ``write`` in place of :func:`write_items`, unless it is ``None``."""
+    _of_thread.write = write
+    try:
+        yield
+    finally:
+        _of_thread.write = None
+
+
+def write_items(path: AnyPath, items: Sequence[tuple[WriteItem, Data]], weights: frozenset[str]) -> list[WriteResult]:
+    """Writes one file of tensors and packed values, hashed and durable."""
     with HashedFile(path) as file:
-        written = [_write_item(file, item, planner, weights) for item in _in_order(items)]
+        written = [_write_item(file, item, data, weights) for item, data in items]
     entry = file.entry()
     return [
         _Written(index, item[1], StorageInfo(path.name, item[0], item[1]), file=entry, hash=item[2], finite=finite)
@@ -172,9 +197,8 @@ def _in_order(items: Iterable[WriteItem]) -> list[WriteItem]:
 
 
 def _write_item(
-    file: HashedFile, item: WriteItem, planner: SavePlanner, weights: frozenset[str]
+    file: HashedFile, item: WriteItem, data: Data, weights: frozenset[str]
 ) -> tuple[MetadataIndex, Item, bool]:
-    data = planner.resolve_data(item)
     if isinstance(data, io.BytesIO):
         file.write(data.getbuffer())
         return item.index, file.end_item(), True
