@@ -190,12 +190,16 @@ class ResumeMixin:
         if self._options.background is not None:
             self._options.background.wait()
 
-    def teardown(self) -> None:
-        try:
-            super().teardown()  # type: ignore[misc]
-        finally:
-            if self._options.background is not None:
-                self._options.background.close()
+    def close(self) -> None:
+        """Waits as :meth:`wait` does, but is no collective, and ends what saves in the background: a process, a group.
+
+        The end of the interpreter does so too.
+
+        Raises:
+            CheckpointSaveError: What was being saved failed.
+        """
+        if self._options.background is not None:
+            self._options.background.close()
 
     @contextlib.contextmanager
     def using(self, options: CheckpointOptions) -> Iterator[None]:
