@@ -82,6 +82,7 @@ real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed
 
 bench: $(STAMP) ## what hashing costs a save; how soon and how fast batches come, beside what others offer
 	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/loaders.py
 
 clean: ## remove what the targets above made, .venv too
