@@ -2,10 +2,10 @@
 
     python benchmarks/async_save.py --mib 512 --rounds 5
 
-A model with Adam trains on one thread. Each way saves it in the middle: ours blocking, from a thread and from a process,
-with the copy made now or deferred; torch's ``dcp.async_save``; Lightning's ``AsyncCheckpointIO``. *Stall* is the time of
-the call and of the wait before the next optimizer step, as a part of our blocking save. Report ratios, not seconds:
-machines differ.
+A model with Adam trains on one thread. Each way saves it in the middle: ours blocking, from a thread and from a
+process, with the copy made now or deferred; torch's ``dcp.async_save``; Lightning's ``AsyncCheckpointIO``. *Stall* is
+the time of the call and of the wait before the next optimizer step, as a part of our blocking save. Report ratios, not
+seconds: machines differ.
 """
 
 from __future__ import annotations
