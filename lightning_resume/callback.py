@@ -175,6 +175,8 @@ class ResumeCallback(Checkpoint):
         self._binding.place_loops()
         self._asked_step = self._saved_step = self._seen_step = trainer.global_step
         self._saved_at = time.monotonic()
+        if self._background is not None:
+            self._background.prepare()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._binding is not None and is_fitting(trainer) and not trainer.sanity_checking:

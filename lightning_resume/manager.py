@@ -286,6 +286,8 @@ class CheckpointManager:
         if path is not None and tag is not None:
             raise ValueError("Pass either path or tag.")
         self.wait()
+        if self._background is not None:
+            self._background.prepare()
         named = path if tag is None else self._folder.root / _checked_tag(tag)
         self.loaded = None
         if named is not None:

@@ -104,6 +104,16 @@ class Background:
         self._saving: _Saving | None = None
         self._hooks: list[Any] = []
 
+    def prepare(self) -> None:
+        """Makes the process group, before the first save does. A collective.
+
+        Best called when the run starts: a rank that dies while a group is being made is noticed only after the group's
+        time limit, one that dies later at once.
+        """
+        _all.add(self)
+        if self._group is None:
+            self._group = _distributed.new_group()
+
     def is_free(self, what: str) -> bool:
         """Whether ``what`` can be saved now: waits for the save in flight, or says that it is skipped. A collective.
 
@@ -139,9 +149,7 @@ class Background:
             optimizers: Those whose steps wait for the copies that are made later, and raise the error of the save.
         """
         assert self._saving is None
-        _all.add(self)
-        if self._group is None:
-            self._group = _distributed.new_group()
+        self.prepare()
         later = storages_of(optimizers) if self._how.staging is Staging.DEFERRED else ()
         stage = lambda: self._stager.stage(state, later=later)  # noqa: E731
         snapshot = _distributed.agree("copying the state", stage)
