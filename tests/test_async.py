@@ -171,12 +171,12 @@ def test_no_optimizer_steps_while_its_parameters_are_copied(optimizer: Any, tmp_
     assert_alike(content(tmp_path / "step-00000001")["net"]["weight"], saved, "weight")
 
 
-def test_a_parameter_that_changes_outside_of_the_step_fails_the_save_and_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [lambda p: p.detach().clamp_(-0.1, 0.1), lambda p: p.data.copy_(torch.rand(4, 4))])
+def test_a_parameter_that_changes_outside_of_the_step_fails_the_save_and_is_named(change: Any, tmp_path: Path) -> None:
     state = trained()
     with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
         manager.save(state, step=1)
-        with torch.no_grad():
-            state["net"].weight.clamp_(-0.1, 0.1)
+        change(state["net"].weight)
         with pytest.raises(CheckpointSaveError, match=r"net\.weight changed .* staging='now'"):
             manager.wait()
         assert manager.list() == []
@@ -192,6 +192,20 @@ def test_parameters_of_no_optimizer_are_copied_at_once(tmp_path: Path) -> None:
         manager.save(state, step=1)
         nn.init.zeros_(state["other"].weight)
     assert_alike(content(tmp_path / "step-00000001")["other"]["weight"], saved, "weight")
+
+
+def test_tensors_of_every_layout_are_copied(tmp_path: Path) -> None:
+    net: Any = nn.Sequential(
+        nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.Linear(4, 4, dtype=torch.bfloat16)
+    )
+    net.empty, net.complex = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    net.scalar = nn.Parameter(torch.tensor(2.0))
+    net.register_buffer("transposed", torch.rand(2, 3).T)
+    state = {"net": net, "optimizer": torch.optim.SGD(net.parameters())}
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    with CheckpointManager(tmp_path, async_save="process") as manager, slow_copies():
+        manager.save(state, step=1)
+    assert_alike(content(tmp_path / "step-00000001")["net"], expected, "net")
 
 
 def test_what_is_no_tensor_is_saved_as_it_was(tmp_path: Path) -> None:

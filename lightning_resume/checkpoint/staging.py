@@ -28,6 +28,7 @@ from lightning_resume.checkpoint._dcp import local_parts, with_parts
 from lightning_resume.errors import CheckpointSaveError
 
 _ALIGNMENT = 64
+_PROBE = 32  # bytes
 _PLAIN = (torch.Tensor, Parameter, Buffer)
 _Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -105,12 +106,12 @@ def _anonymous_file(bytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """One copy that is to be made, and the state in which its source was when it was planned."""
+    """One copy that is to be made, and the mark of its source when it was planned."""
 
     name: str
     source: torch.Tensor
     target: torch.Tensor
-    version: int
+    mark: tuple[int, bytes]
 
     def make(self) -> None:
         """Copies on this thread alone where it can: torch would start a team of threads beside those that train."""
@@ -121,8 +122,9 @@ class _Copy:
             np.copyto(_bytes(self.target), _bytes(source))
 
     @property
-    def changed(self) -> bool:
-        return _version(self.source) != self.version
+    def is_of_its_moment(self) -> bool:
+        """Whether source and copy are as they were; ask where no other thread changes the source."""
+        return _mark(self.source) == self.mark and self.mark[1] in (_ends(self.target), b"")
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -178,7 +180,7 @@ class Snapshot:
     def _look(self) -> None:
         """Notes once what has changed: after a fence the optimizer may change all."""
         with self._lock:
-            self._changed += [one.name for one in self._later if one.changed]
+            self._changed += [one.name for one in self._later if not one.is_of_its_moment]
             self._later = []
 
 
@@ -225,16 +227,16 @@ class Stager:
         """
         parts = dict(_parts(state))
         self._reserve({name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}, parts.values())
+        deferred = {name: part for name, part in parts.items() if _address(part) in later}
+        with _Device(parts.values()):
+            for name, part in parts.items():
+                if name not in deferred:
+                    self._targets[name].copy_(part, non_blocking=True)
         copies = [
-            _Copy(name=name, source=part, target=self._targets[name], version=_version(part))
-            for name, part in parts.items()
+            _Copy(name=name, source=part, target=self._targets[name], mark=_mark(part))
+            for name, part in deferred.items()
         ]
-        deferred = [one for one in copies if _address(one.source) in later]
-        with _Device(one.source for one in copies):
-            for one in copies:
-                if _address(one.source) not in later:
-                    one.target.copy_(one.source, non_blocking=True)
-        return Snapshot(_rebuilt(state, "", self._targets), deferred)
+        return Snapshot(_rebuilt(state, "", self._targets), copies)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -272,9 +274,17 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often the tensor was changed in place; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _mark(tensor: torch.Tensor) -> tuple[int, bytes]:
+    """Tells whether a tensor was changed: torch counts changes, but not those through ``.data``, so some bytes too."""
+    return (0 if tensor.is_inference() else tensor._version), _ends(tensor)
+
+
+def _ends(tensor: torch.Tensor) -> bytes:
+    """The first and last bytes of a tensor in host memory; none of another, for which a GPU would have to be waited."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return b""
+    content = _bytes(tensor)
+    return content[:_PROBE].tobytes() + content[-_PROBE:].tobytes()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
