@@ -112,32 +112,37 @@ def ways_in(folder: Path) -> dict[str, Way]:
 
 @dataclass(kw_only=True)
 class Figures:
-    """Seconds of one way in one round; ``steps`` are those that were taken while it was written."""
+    """Seconds of one way in one round: the call, the wait before a step, steps before the save and beside the writing."""
 
     call: float
     fence: float
-    steps: list[float]
+    before: list[float]
+    beside: list[float]
     total: float
+
+    @property
+    def slowdown(self) -> float:
+        # the wait of the first step is counted as stall
+        beside = [self.beside[0] - self.fence, *self.beside[1:]]
+        return statistics.median(beside) / statistics.median(self.before)
 
 
 def measure(run: Run, way: Way, path: Path) -> Figures:
-    run.step()
+    before = [step_seconds(run) for _ in range(5)]
     with fences() as waited:
         begun = time.perf_counter()
         wait = way.save(run, path)
         call = time.perf_counter() - begun
-        steps = []
-        while not steps or (time.perf_counter() - begun < 0.8 * (way_seconds.get(id(way)) or 0.0)):
-            at = time.perf_counter()
-            run.step()
-            steps.append(time.perf_counter() - at)
+        beside = [step_seconds(run)]
+        while time.perf_counter() - begun < 0.8 * way_seconds.get(id(way), 0.0):
+            beside.append(step_seconds(run))
         wait()
         total = time.perf_counter() - begun
     way_seconds[id(way)] = min(total, way_seconds.get(id(way), total))
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    return Figures(call=call, fence=sum(waited), steps=steps, total=total)
+    return Figures(call=call, fence=sum(waited), before=before, beside=beside, total=total)
 
 
 way_seconds: dict[int, float] = {}
@@ -161,13 +166,10 @@ def fences() -> Iterator[list[float]]:
         Background.fence = stock  # type: ignore[method-assign]
 
 
-def plain_steps(run: Run, count: int) -> list[float]:
-    seconds = []
-    for _ in range(count):
-        at = time.perf_counter()
-        run.step()
-        seconds.append(time.perf_counter() - at)
-    return seconds
+def step_seconds(run: Run) -> float:
+    begun = time.perf_counter()
+    run.step()
+    return time.perf_counter() - begun
 
 
 def main() -> None:
@@ -178,9 +180,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        ways, figures, plain = ways_in(folder), {}, []
+        ways: dict[str, Way] = ways_in(folder)
+        figures: dict[str, list[Figures]] = {}
         for round_ in range(options.rounds + 1):  # the first warms up: memory is reserved, processes are started
-            plain += plain_steps(run, 3) if round_ else []
             for way_name, way in ways.items():
                 measured = measure(run, way, folder / "stock")
                 if round_:
@@ -188,25 +190,25 @@ def main() -> None:
         for way in ways.values():
             way.close()
         dist.destroy_process_group()
-    report(figures, statistics.median(plain))
+    report(figures)
     if options.output:
         told = {way_name: [asdict(one) for one in of_way] for way_name, of_way in figures.items()}
-        Path(options.output).write_text(json.dumps({"options": vars(options), "plain_steps": plain, "ways": told}))
+        Path(options.output).write_text(json.dumps({"options": vars(options), "ways": told}))
 
 
-def report(figures: dict[str, list[Figures]], plain: float) -> None:
+def report(figures: dict[str, list[Figures]]) -> None:
     blocking = statistics.median(one.call for one in figures[BLOCKING])
-    print(f"blocking save {blocking:.3f} s, step {plain:.3f} s; medians of {len(figures[BLOCKING])} rounds")
+    step = statistics.median(seconds for of_way in figures.values() for one in of_way for seconds in one.before)
+    print(f"blocking save {blocking:.3f} s, step {step:.3f} s; medians of {len(figures[BLOCKING])} rounds")
     print(f"{'':28}{'call':>9}{'fence':>9}{'stall':>8}{'range':>16}{'steps beside':>14}")
     for name, of_way in figures.items():
         stalls = [(one.call + one.fence) / blocking for one in of_way]
-        # the first step's own wait is counted as stall
-        beside = [seconds - (one.fence if not i else 0.0) for one in of_way for i, seconds in enumerate(one.steps)]
-        print(
-            f"{name:28}{statistics.median(one.call for one in of_way):9.4f}"
-            f"{statistics.median(one.fence for one in of_way):9.4f}{statistics.median(stalls):8.3f}"
-            f"{f'{min(stalls):.3f} to {max(stalls):.3f}':>16}{statistics.median(beside) / plain:14.2f}"
+        call, fence, slowdown = (
+            statistics.median(getattr(one, field) for one in of_way) for field in ("call", "fence", "slowdown")
         )
+        spread = f"{min(stalls):.3f} to {max(stalls):.3f}"
+        beside = "" if name == BLOCKING else f"{slowdown:.2f}"
+        print(f"{name:28}{call:9.4f}{fence:9.4f}{statistics.median(stalls):8.3f}{spread:>16}{beside:>14}")
 
 
 def _options() -> argparse.Namespace:

@@ -46,3 +46,13 @@ def test_a_way_that_loses_samples_is_marked_in_the_table(output: tuple[str, dict
     assert ways[lossy]["lost"] > 0
     [line] = [line for line in printed.splitlines() if line.startswith(lossy)]
     assert line.endswith("ANOTHER BATCH after 10 %, 50 %, 90 %")
+
+
+def test_the_benchmark_of_saves_in_the_background_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/async_save.py", "--mib=1", "--batch=4", "--rounds=1", f"--folder={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stderr
+    assert {"ours, process, deferred", "dcp.async_save, thread"} <= {
+        line[:28].strip() for line in process.stdout.splitlines()
+    }
