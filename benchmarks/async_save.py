@@ -112,7 +112,7 @@ def ways_in(folder: Path) -> dict[str, Way]:
 
 @dataclass(kw_only=True)
 class Figures:
-    """Seconds of one way in one round: the call, the wait before a step, steps before the save and beside the writing."""
+    """Seconds of one way in one round: of the call, of the wait before a step, of steps before and beside it."""
 
     call: float
     fence: float

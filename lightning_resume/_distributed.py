@@ -58,7 +58,18 @@ def _timeout() -> timedelta | None:
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    """Whether there is a process group.
+
+    Raises:
+        RankLostError: The one that this thread was to use is gone; each rank would take itself for the only one.
+    """
+    found = dist.is_available() and dist.is_initialized()
+    if group() is not None and not found:
+        raise RankLostError(
+            "The process group was destroyed while a checkpoint was being saved in the background; it is lost. Call"
+            " wait() of the strategy or the manager before."
+        )
+    return found
 
 
 def rank() -> int:

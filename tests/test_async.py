@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_resume import CheckpointManager, CheckpointSaveError, ResumeCallback, ResumeWarning, list_checkpoints
+from lightning_resume import (
+    CheckpointManager,
+    CheckpointSaveError,
+    RankLostError,
+    ResumeCallback,
+    ResumeWarning,
+    list_checkpoints,
+)
 from lightning_resume.checkpoint import filesystem, staging
 from lightning_resume.checkpoint.reader import CheckpointReader
 from tests.harness import ROOT, Zygote, zygote
@@ -375,6 +383,31 @@ def test_a_trainer_raises_the_error_at_the_next_step(tmp_path: Path) -> None:
     assert [info.step for info in list_checkpoints(tmp_path / "r")] == [2, 1]
 
 
+def test_a_trainer_that_is_told_to_warn_saves_its_last_step_again(tmp_path: Path) -> None:
+    class FullAtTheEnd(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 7:
+                full.enter_context(full_disk())
+
+        def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+            end_of_threads()
+
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            end_of_threads()
+            full.close()
+
+    how: dict[str, Any] = {"async_save": True, "on_save_error": "warn"}
+    full = contextlib.ExitStack()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, resume=ResumeCallback(tmp_path / "r", every_n_epochs=1, **how), callbacks=[FullAtTheEnd()])
+    told = [str(one.message) for one in caught if issubclass(one.category, ResumeWarning)]
+    assert len(told) == 1
+    assert "step-00000008 failed" in told[0]
+    assert "Training goes on without it" in told[0]
+    assert [info.step for info in list_checkpoints(tmp_path / "r")] == [8, 4]
+
+
 def check_same_step(folder: Path) -> None:
     """An error of one rank is raised on all ranks at the same step."""
     run = Toy(background_fabric("ddp", async_save=True))
@@ -403,6 +436,28 @@ def train_slowly(run: Toy, steps: list[int]) -> None:
 
 def test_an_error_of_one_rank_is_raised_on_all_at_the_same_step(ranks: Zygote, tmp_path: Path) -> None:
     launch(ranks, check_same_step, tmp_path)
+
+
+def check_destroyed_group(folder: Path) -> None:
+    """Ranks that have lost their group no longer know who is rank 0: nothing may be committed."""
+    run = Toy(background_fabric("ddp", async_save=True))
+    run.train(1)
+    run.fabric.save(folder / "c", run.state)
+    run.fabric.strategy.wait()
+    run.train(1)
+    with slow_writes():
+        run.fabric.save(folder / "c", run.state)
+        dist.destroy_process_group()
+        with pytest.raises(RankLostError, match="Call wait"):
+            run.fabric.strategy.close()
+    reader = CheckpointReader(folder / "c")
+    reader.verify()
+    assert reader.manifest is not None
+    assert reader.manifest.step == 1
+
+
+def test_a_process_group_that_is_destroyed_too_early_fails_the_save(ranks: Zygote, tmp_path: Path) -> None:
+    launch(ranks, check_destroyed_group, tmp_path)
 
 
 def test_a_writer_process_that_is_killed_is_named_and_the_next_save_works(tmp_path: Path) -> None:
