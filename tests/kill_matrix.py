@@ -40,7 +40,8 @@ class Cell:
     async_save: str | bool = False
 
     def __str__(self) -> str:
-        return f"{self.stack}-{self.strategy}-{self.async_save or f'{self.workers}workers'}"
+        background = f"-{self.async_save}" if self.async_save else ""
+        return f"{self.stack}-{self.strategy}-{self.workers}workers{background}"
 
     @property
     def world_size(self) -> int:
@@ -72,7 +73,7 @@ CELLS = [
     for stack, strategy, workers in itertools.product(STACKS, STRATEGIES, (0, 2))
 ]
 ASYNC_CELLS = [
-    Cell(stack=stack, strategy=strategy, workers=0, async_save="thread")
+    Cell(stack=stack, strategy=strategy, workers=2 if strategy in ("single", "mp") else 0, async_save="thread")
     for stack, strategy in itertools.product(STACKS, STRATEGIES)
 ]
 

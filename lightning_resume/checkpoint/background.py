@@ -170,6 +170,8 @@ class Background:
         if self._saving is not None and self._saving.is_to_raise():
             with self._on_error():
                 self.wait()
+        if self._saving is None:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None or not _calls_closure_first(optimizer):
             self.fence()
