@@ -246,8 +246,8 @@ class ResumeCallback(Checkpoint):
             self._asked_step = self.trainer.global_step
 
     def _is_durable(self, manifest: Manifest) -> None:
-        self._folder.tidy()
         self._saved_step = manifest.step
+        self._folder.tidy()
 
     def _wait(self) -> None:
         if self._background is not None:

@@ -232,8 +232,8 @@ class CheckpointManager:
         self._folder.make_way(path)
 
         def done(manifest: Manifest) -> None:
-            self._folder.tidy()
             self._saved = _info(Found(path=path, manifest=manifest))
+            self._folder.tidy()
 
         with self._on_save_error.applied():
             self._save(path, whole, dataclasses.replace(self._options, about=about, done=done), filter)
