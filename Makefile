@@ -82,6 +82,8 @@ real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed
 
 bench: $(STAMP) ## saves, loads, and batches after a resume, beside what others offer and the limits of the machine
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/loaders.py
 
 clean: ## remove what the targets above made, .venv too

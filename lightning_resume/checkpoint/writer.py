@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -36,6 +36,10 @@ _PACKAGES = {
 }
 
 
+class Packed(bytes):
+    """What ``torch.save`` made of an object."""
+
+
 def write_checkpoint(
     path: PathLike,
     *,
@@ -49,6 +53,7 @@ def write_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     weights: Collection[str] = (),
+    before_commit: Callable[[], None] | None = None,
 ) -> Manifest:
     """Saves one checkpoint; when this returns on any rank, it is whole and durable at ``path``.
 
@@ -60,7 +65,7 @@ def write_checkpoint(
         state: Nested dict of tensors, DTensors, ShardedTensors and plain values, stored as ``dcp.save`` would.
         leaves: Opaque bytes of this rank by key; every key begins with ``resume.`` and belongs to one rank, or to
             several ranks that give the same bytes.
-        meta: The object of ``meta.pt``; None is stored as an empty dict.
+        meta: The object of ``meta.pt``, or that packed already; None is stored as an empty dict.
         components: What the manifest says of each component.
         step: Optimizer steps so far.
         epoch: Epochs so far.
@@ -69,6 +74,7 @@ def write_checkpoint(
         metrics: What the checkpoint may be chosen by.
         weights: The flat keys of the tensors that training changes, which are looked at for values that are not
             finite, and for having changed since the last save beside it.
+        before_commit: Called once all is written; the save fails where it raises. On all ranks or none.
 
     Raises:
         CheckpointSaveError: Something failed on at least one rank. Raised on every rank; what was at ``path`` is
@@ -92,18 +98,27 @@ def write_checkpoint(
     target: AnyPath | None = None
     try:
         target = broadcast_object(agree("checking the path", partial(as_path, path)))
-        return _save(target, _gather_state(state, leaves), meta, draft, weights)
+        return _save(target, _gather_state(state, leaves), meta, draft, weights, before_commit)
     except (CheckpointSaveError, MissingPackageError):
         raise
     except Exception as error:
         raise _explain(error, target or path) from error
 
 
-def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest, weights: Collection[str]) -> Manifest:
+def _save(
+    target: AnyPath,
+    state: dict[str, Any],
+    meta: object,
+    draft: Manifest,
+    weights: Collection[str],
+    before_commit: Callable[[], None] | None,
+) -> Manifest:
     started = time.perf_counter()
     commit = on_rank_zero("making the folder", partial(_begin, target, draft))
     try:
         written = write_shards(commit.folder, state, weights=weights)
+        if before_commit is not None:
+            agree("looking at what was copied", before_commit)
         return on_rank_zero("the commit", partial(_finish, target, commit, written, meta, draft, started))
     except BaseException:
         if rank() == 0:
@@ -123,7 +138,10 @@ def _finish(
     assert written is not None  # on rank 0
     shards = written.describe(commit.folder)
     with HashedFile(commit.folder / META_NAME) as file:
-        torch_save({} if meta is None else meta, file)
+        if isinstance(meta, Packed):
+            file.write(meta)
+        else:
+            torch_save({} if meta is None else meta, file)
     files = {**shards.files, META_NAME: file.entry()}
     seconds = time.perf_counter() - started
     last = max((found.manifest for found in beside(target) if found.manifest), key=lambda m: m.sequence, default=None)
