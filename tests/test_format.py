@@ -278,14 +278,14 @@ def test_a_stock_checkpoint_that_is_cut_short_is_refused(tmp_path: Path) -> None
 # --- damage ---
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".index", ".metadata", "meta.pt", "manifest.json"])
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, name: str) -> None:
     saved = save(tmp_path / "c", state={"w": torch.ones(20), "n": 1}, leaves={"resume.loader": b"position"})
     whole = (saved / name).read_bytes()
     for byte in range(0, len(whole), 29):
         flip_bit(saved / name, byte)
         with pytest.raises(ResumeError, match="manifest" if name == "manifest.json" else name):
-            read_all(saved)
+            CheckpointReader(saved).verify()
         (saved / name).write_bytes(whole)
     read_all(saved)
 
