@@ -531,6 +531,7 @@ def test_one_file_cannot_be_saved_in_the_background() -> None:
 SCRIPT = """
 import sys, os, signal, time, torch
 from lightning_resume import CheckpointManager
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background would not have
 fsync = os.fsync
 os.fsync = lambda descriptor: (time.sleep(0.2), fsync(descriptor))
 net = torch.nn.Linear(4, 4)
