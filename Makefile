@@ -81,8 +81,10 @@ storm: $(STAMP) ## the large settings: random kills, crash points, flipped bits,
 real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed at other topologies, and counted
 	$(BIN)/python -m tests.real_run
 
-bench: $(STAMP) ## what hashing costs a save; how soon and how fast batches come, beside what others offer
-	$(BIN)/python benchmarks/save.py
+bench: $(STAMP) ## saves, loads, and batches after a resume, beside what others offer and the limits of the machine
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/loaders.py
 
 clean: ## remove what the targets above made, .venv too

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
+import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,8 +19,51 @@ from lightning_resume.errors import RankLostError, ResumeError
 T = TypeVar("T")
 
 
+_of_thread = threading.local()
+
+
+def group() -> dist.ProcessGroup | None:
+    """The group that the collectives of this thread go over; ``None`` is the default group."""
+    return getattr(_of_thread, "group", None)
+
+
+@contextlib.contextmanager
+def using(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Inside, the collectives of this thread go over ``group``, so that they never mix with those of another thread."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        _of_thread.group = None
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, for another thread to use; ``None`` where there is no process group. A collective.
+
+    It waits as long for a rank as the default group does.
+    """
+    return dist.new_group(backend="gloo", timeout=timeout()) if is_distributed() else None
+
+
+def end_group(group: dist.ProcessGroup | None) -> None:
+    """Ends what :func:`new_group` returned, unless it ended with the default group. Not a collective."""
+    if group is not None and is_distributed() and group in dist.distributed_c10d._world.pg_map:
+        dist.destroy_process_group(group)
+
+
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    """Whether there is a process group.
+
+    Raises:
+        RankLostError: The one that this thread was to use is gone; each rank would take itself for the only one.
+    """
+    found = dist.is_available() and dist.is_initialized()
+    if group() is not None and not found:
+        raise RankLostError(
+            "The process group was destroyed while a checkpoint was being saved in the background; it is lost. Call"
+            " wait() of the strategy or the manager before."
+        )
+    return found
 
 
 def rank() -> int:
@@ -29,13 +74,18 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def timeout() -> datetime.timedelta:
+def timeout() -> timedelta:
     """How long the process group waits for a rank: groups that we make wait as long, not torch's 30 minutes."""
     group = dist.distributed_c10d._get_default_group()
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     store: Any = dist.distributed_c10d._get_default_store()  # waits as long, unless a user made it
-    limit: datetime.timedelta = getattr(options, "_timeout", store.timeout)
+    limit: timedelta = getattr(options, "_timeout", store.timeout)
     return limit
+
+
+def local_world_size() -> int:
+    """How many ranks share this machine: what the launcher says, else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:
@@ -44,7 +94,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
         return obj
     box = [obj]
     with together():
-        dist.broadcast_object_list(box, src=src, device=_object_device())
+        dist.broadcast_object_list(box, src=src, device=_object_device(), group=group())
     return box[0]
 
 
@@ -54,7 +104,7 @@ def all_gather_object(obj: T) -> list[T]:
         return [obj]
     box: list[Any] = [None] * world_size()
     with together():
-        dist.all_gather_object(box, obj)
+        dist.all_gather_object(box, obj, group=group())
     return box
 
 
@@ -64,7 +114,7 @@ def gather_object(obj: T, dst: int) -> list[T] | None:
         return [obj]
     box: list[Any] | None = [None] * world_size() if rank() == dst else None
     with together():
-        dist.gather_object(obj, box, dst=dst)
+        dist.gather_object(obj, box, dst=dst, group=group())
     return box
 
 
@@ -74,7 +124,7 @@ def scatter_object(objs: Sequence[T], src: int) -> T:
         return objs[0]
     box: list[Any] = [None]
     with together():
-        dist.scatter_object_list(box, list(objs) if rank() == src else None, src=src)
+        dist.scatter_object_list(box, list(objs) if rank() == src else None, src=src, group=group())
     return box[0]  # type: ignore[no-any-return]
 
 
@@ -165,6 +215,6 @@ def on_rank_zero(what: str, act: Callable[[], T]) -> T:
 
 def _object_device() -> torch.device | None:
     # object collectives move pickles through tensors; with NCCL these must live on this rank's GPU
-    if dist.get_backend() == "nccl":
+    if dist.get_backend(group()) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return None

@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from lightning_resume import _distributed
 from lightning_resume._lightning import Checkpoint, is_fitting, rank_zero_info
 from lightning_resume.binding import TrainerBinding
+from lightning_resume.checkpoint.background import AsyncSave, Background
 from lightning_resume.checkpoint.layout import Found, newest, step_name
+from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.retention import Policy, best_policy
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.loading import Verify
@@ -51,6 +53,14 @@ class ResumeCallback(Checkpoint):
         validate: Whether tensors that ranks hold alike (all of DDP's) are compared before a save: ``"quick"`` by one
             hash of all, ``"full"`` tensor by tensor, ``None`` not at all.
         on_save_error: ``"raise"``, or ``"warn"`` to train on without that checkpoint; older ones are untouched.
+        async_save: ``"thread"`` (or ``True``) or ``"process"``: training goes on once the state is copied, and a
+            thread, or a process for each rank, writes the checkpoint. What failed is raised at the optimizer's next
+            step, the next save and the end of ``fit``, which waits for what is in flight, as an exception does.
+        when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is due while one is being written. That of the
+            last step is never skipped.
+        staging: ``"deferred"``: the copy of what only optimizers change is made beside the next forward and backward,
+            and the optimizer's step waits for it. ``"now"``: all is copied before training goes on; for runs that
+            change parameters otherwise, which else fails the save.
         strict: Whether a run is refused whose loader cannot go on exactly, say at another number of workers.
             ``False`` lets it go on as well as it can, with a warning that says what may repeat or be lost.
         trust: Let checkpoints hold objects of any class. Loading such an object can run code: only for checkpoints
@@ -74,6 +84,9 @@ class ResumeCallback(Checkpoint):
         verify: str = "read",
         validate: str | None = None,
         on_save_error: str = "raise",
+        async_save: Literal["thread", "process"] | bool = False,
+        when_busy: Literal["wait", "skip"] = "wait",
+        staging: Literal["now", "deferred"] = "deferred",
         strict: bool = True,
         trust: bool = False,
         storage_options: Mapping[str, Any] | None = None,
@@ -95,8 +108,11 @@ class ResumeCallback(Checkpoint):
         self.resume, self.strict, self.trust = resume, strict, trust
         self.verify, self.validate = Verify(verify), None if validate is None else Validate(validate)
         self.on_save_error = OnSaveError(on_save_error)
+        how = AsyncSave.of(async_save, when_busy, staging)
+        self._background = None if how is None else Background(how, on_error=self.on_save_error.applied)
         self._folder = RunFolder(dirpath, keep=keep, max_attempts=max_attempts, storage_options=storage_options)
         self._binding: TrainerBinding | None = None
+        self._asked_step: int | None = None
         self._saved_step: int | None = None
         self._seen_step = 0
         self._saved_at = time.monotonic()
@@ -157,8 +173,10 @@ class ResumeCallback(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert self._binding is not None
         self._binding.place_loops()
-        self._saved_step = self._seen_step = trainer.global_step
+        self._asked_step = self._saved_step = self._seen_step = trainer.global_step
         self._saved_at = time.monotonic()
+        if self._background is not None:
+            self._background.prepare()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._binding is not None and is_fitting(trainer) and not trainer.sanity_checking:
@@ -170,12 +188,16 @@ class ResumeCallback(Checkpoint):
             self._folder.stepped()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._wait()
         if self._saved_step != trainer.global_step:
             self._save()
+            self._wait()
+        self._close()
         self._folder.withdraw()
         self._folder.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._close()
         if is_no_crash(exception):
             self._folder.withdraw()
         self._folder.close()
@@ -183,16 +205,24 @@ class ResumeCallback(Checkpoint):
     def _after_step(self) -> None:
         n = self.every_n_train_steps
         due = n is not None and self.trainer.global_step % n == 0
-        if (due or self._binding.stopped or self._time_is_up()) and self._saved_step != self.trainer.global_step:  # type: ignore[union-attr]
+        if (due or self._binding.stopped or self._time_is_up()) and self._asked_step != self.trainer.global_step:  # type: ignore[union-attr]
             self._save()
+        if self._binding.stopped:  # type: ignore[union-attr]
+            self._fence()
 
     def _after_epoch(self) -> None:
         n = self.every_n_epochs
         due = n is not None and self.trainer.current_epoch % n == 0
-        if due and self._saved_step != self.trainer.global_step:
+        if due and self._asked_step != self.trainer.global_step:
             self._save()
         else:
             self._after_step()
+        self._fence()
+
+    def _fence(self) -> None:
+        """For where no batch may follow: the hooks of an end are free to change weights."""
+        if self._background is not None:
+            self._background.fence()
 
     def _time_is_up(self) -> bool:
         if self.train_time_interval is None:
@@ -205,9 +235,25 @@ class ResumeCallback(Checkpoint):
             return
         assert self._binding is not None
         path = self._folder.root / step_name(self.trainer.global_step)
+        with self.on_save_error.applied():  # what is raised here was the save before
+            if self._background is not None and not self._background.is_free(str(path)):
+                return
         self._saved_at = time.monotonic()
         self._folder.make_way(path)
-        with self.on_save_error.applied(), self._binding.checkpoints.as_folder():
+        as_folder = self._binding.checkpoints.as_folder(background=self._background, done=self._is_durable)
+        with self.on_save_error.applied(), as_folder:
             self.trainer.save_checkpoint(path, weights_only=False)
-            self._saved_step = self.trainer.global_step
-            self._folder.tidy()
+            self._asked_step = self.trainer.global_step
+
+    def _is_durable(self, manifest: Manifest) -> None:
+        self._saved_step = manifest.step
+        self._folder.tidy()
+
+    def _wait(self) -> None:
+        if self._background is not None:
+            with self.on_save_error.applied():
+                self._background.wait()
+
+    def _close(self) -> None:
+        if self._background is not None:
+            self._background.close()

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
 from lightning_resume import _distributed, loading, saving
+from lightning_resume.checkpoint.background import AsyncSave, Background
 from lightning_resume.checkpoint.commit import clean_leftovers, delete_checkpoint
 from lightning_resume.checkpoint.layout import Found, leftovers, look_at, newest_first, step_name, survey
 from lightning_resume.checkpoint.manifest import Manifest
@@ -132,6 +133,13 @@ class CheckpointManager:
         validate: Whether tensors that ranks hold alike are compared before a save: ``"quick"`` by one hash of all,
             ``"full"`` tensor by tensor, None not at all.
         on_save_error: ``"raise"``, or ``"warn"`` to go on without that checkpoint; older ones are untouched.
+        async_save: ``"thread"`` (or True) or ``"process"``: :meth:`save` returns once the state is copied, and a
+            thread, or a process for each rank, writes while training goes on. What failed is raised at the next step
+            of an optimizer in ``state``, the next :meth:`save`, :meth:`load`, :meth:`wait` or :meth:`close`.
+        when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is asked for while one is being written.
+        staging: ``"deferred"``: the copy of what only optimizers change is made beside the forward and backward that
+            follow, and the optimizer's step waits for it. ``"now"``: all is copied before :meth:`save` returns; for
+            runs that change parameters otherwise, which else fails the save.
         storage_options: Arguments of the fsspec filesystem, beyond fsspec's own configuration.
 
     Raises:
@@ -150,6 +158,9 @@ class CheckpointManager:
         verify: str = "read",
         validate: str | None = None,
         on_save_error: str = "raise",
+        async_save: Literal["thread", "process"] | bool = False,
+        when_busy: Literal["wait", "skip"] = "wait",
+        staging: Literal["now", "deferred"] = "deferred",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if fabric is not None and not hasattr(fabric.strategy, "using"):
@@ -159,10 +170,16 @@ class CheckpointManager:
             )
         self._fabric = fabric
         self._folder = RunFolder(root, keep=keep, max_attempts=max_attempts, storage_options=storage_options)
-        self._options = CheckpointOptions(
-            verify=Verify(verify), validate=None if validate is None else Validate(validate), as_folder=True
-        )
         self._on_save_error = OnSaveError(on_save_error)
+        how = AsyncSave.of(async_save, when_busy, staging)
+        self._background = None if how is None else Background(how, on_error=self._on_save_error.applied)
+        self._options = CheckpointOptions(
+            verify=Verify(verify),
+            validate=None if validate is None else Validate(validate),
+            as_folder=True,
+            background=self._background,
+        )
+        self._saved: CheckpointInfo | None = None
         self._forget_hook: Callable[[], None] = lambda: None
         self.loaded: CheckpointInfo | None = None
         """What the last :meth:`load` loaded; None where there was nothing."""
@@ -196,7 +213,8 @@ class CheckpointManager:
             filter: By key of ``state``, which entries to save, as in ``fabric.save``.
 
         Returns:
-            What was saved, or None where it failed and ``on_save_error`` is ``"warn"``.
+            What was saved, or None where it failed and ``on_save_error`` is ``"warn"``, where it was skipped, and where
+            it is being saved in the background: :meth:`wait` returns it then.
 
         Raises:
             CheckpointSaveError: It failed, on every rank; older checkpoints are untouched.
@@ -207,13 +225,33 @@ class CheckpointManager:
             raise ValueError(f"The key {_USER_CONTENT!r} is reserved. Pass that value as save(user_content=...).")
         about = About(step=step, epoch=epoch, metrics=_numbers(metrics), metadata=dict(metadata or {}))
         whole = dict(state) if user_content is None else {**state, _USER_CONTENT: user_content}
-        saved: CheckpointInfo | None = None
-        self._folder.make_way(path)
         with self._on_save_error.applied():
-            manifest = self._save(path, whole, dataclasses.replace(self._options, about=about), filter)
-            saved = _info(Found(path=path, manifest=manifest))
+            if self._background is not None and not self._background.is_free(str(path)):
+                return None
+        self._saved = None
+        self._folder.make_way(path)
+
+        def done(manifest: Manifest) -> None:
+            self._saved = _info(Found(path=path, manifest=manifest))
             self._folder.tidy()
-        return saved
+
+        with self._on_save_error.applied():
+            self._save(path, whole, dataclasses.replace(self._options, about=about, done=done), filter)
+        return self._saved if self._background is None else None
+
+    def wait(self) -> CheckpointInfo | None:
+        """Waits until what is being saved in the background is durable.
+
+        Returns:
+            What was saved last; None where that failed and ``on_save_error`` is ``"warn"``, or nothing was saved.
+
+        Raises:
+            CheckpointSaveError: It failed, on every rank; older checkpoints are untouched.
+        """
+        if self._background is not None:
+            with self._on_save_error.applied():
+                self._background.wait()
+        return self._saved
 
     def load(
         self,
@@ -247,6 +285,9 @@ class CheckpointManager:
         """
         if path is not None and tag is not None:
             raise ValueError("Pass either path or tag.")
+        self.wait()
+        if self._background is not None:
+            self._background.prepare()
         named = path if tag is None else self._folder.root / _checked_tag(tag)
         self.loaded = None
         if named is not None:
@@ -281,26 +322,36 @@ class CheckpointManager:
 
     def prune(self) -> Sequence[str]:
         """Deletes now what unfinished saves left and what is not to be kept; returns what was deleted."""
+        self.wait()
         self._folder.close()
         root, keep = self._folder.root, self._folder.keep
         return _distributed.on_rank_zero(f"pruning {root}", lambda: prune(root, keep=keep))
 
     def close(self) -> None:
-        """Waits for what is being deleted in the background, at the end of the run. Not a collective.
+        """Waits for what is being saved and deleted in the background, at the end of the run. Not a collective.
 
         Called while no exception is on its way, it also says that the run went well, however few its steps were.
+
+        Raises:
+            CheckpointSaveError: What was being saved failed.
         """
-        if sys.exc_info()[0] is None:
-            self._folder.withdraw()
-        self._folder.close()
+        self._close(went_well=sys.exc_info()[0] is None)
 
     def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is None or is_no_crash(error):
-            self._folder.withdraw()
-        self._folder.close()
+        self._close(went_well=error is None or is_no_crash(error))
+
+    def _close(self, *, went_well: bool) -> None:
+        try:
+            if self._background is not None:
+                with self._on_save_error.applied():
+                    self._background.close()
+        finally:
+            if went_well:
+                self._folder.withdraw()
+            self._folder.close()
 
     def _save(
         self,
@@ -308,17 +359,18 @@ class CheckpointManager:
         state: dict[str, Any],
         options: CheckpointOptions,
         filter: Mapping[str, Callable[[str, Any], bool]] | None,
-    ) -> Manifest:
+    ) -> None:
         if self._fabric is not None:
             with self._fabric.strategy.using(options):
                 self._fabric.save(path, state, filter=filter)
-            return cast(Manifest, self._fabric.strategy.saved)
+            return
         loaders = [value for value in state.values() if isinstance(value, Resumable)]
         about = dataclasses.replace(options.about, topology=Topology.of().to_manifest(loaders=describe(loaders)))
         with rng.preserved():
             components = [rng_component(rng.capture())]
             how: dict[str, Any] = {"about": about, "validate": options.validate, "filter": filter}
-            return saving.save_folder(path, Objects.of(state), components, **how)
+            how |= {"background": options.background, "done": options.done}
+            saving.save_folder(path, Objects.of(state), components, **how)
 
     def _load(self, path: AnyPath, state: dict[str, Any], *, strict: bool, trust: bool) -> Any:
         found = _distributed.on_rank_zero(f"looking at {path}", lambda: _found(path))

@@ -11,15 +11,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from lightning_resume import _distributed
+from lightning_resume.checkpoint.background import Background
 from lightning_resume.checkpoint.commit import commit_file
-from lightning_resume.checkpoint.components import FILE_KEY, entries, settle, to_file, to_leaves
+from lightning_resume.checkpoint.components import FILE_KEY, entries, pack, settle, to_file, to_leaves
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.paths import PathLike
+from lightning_resume.checkpoint.staging import Snapshot
 from lightning_resume.checkpoint.validation import Validate, validate_replicas
-from lightning_resume.checkpoint.writer import write_checkpoint
+from lightning_resume.checkpoint.writer import Packed, write_checkpoint
 from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeError, ResumeWarning
 from lightning_resume.loading import Verify
 from lightning_resume.state import collect
@@ -53,6 +56,10 @@ class CheckpointOptions:
     as_folder: bool = False
     """Whether to save a folder where the strategy's own option asks for one file."""
     about: About = dataclasses.field(default_factory=About)
+    background: Background | None = None
+    """What saves folders while training goes on; None: training waits."""
+    done: Callable[[Manifest], None] | None = None
+    """What follows once a folder is durable."""
 
 
 class OnSaveError(str, enum.Enum):
@@ -103,7 +110,9 @@ def save_folder(
     validate: Validate | None = None,
     filter: Filter | None = None,
     earlier_buffers: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Manifest:
+    background: Background | None = None,
+    done: Callable[[Manifest], None] = lambda _: None,
+) -> None:
     """Saves a checkpoint folder: tensors as DCP shards, the rest in ``meta.pt`` and one leaf a component."""
     run = _together(objects, collective=collect.is_fsdp1)
     models = run("collecting models", lambda: _models(objects, earlier_buffers))
@@ -111,7 +120,9 @@ def save_folder(
     tensors, meta = _distributed.agree("collecting the state", lambda: _chosen(objects, models | states, filter))
     buffers = {key: collect.buffers_of(module, tensors[key]) for key, module in objects.modules.items()}
     weights = {key: collect.weights_of(module, tensors[key]) for key, module in objects.modules.items()}
-    return save_state(path, tensors, meta, components, buffers=buffers, weights=weights, about=about, validate=validate)
+    how: dict[str, Any] = {"about": about, "validate": validate, "background": background, "done": done}
+    optimizers = objects.optimizers.values()
+    save_state(path, tensors, meta, components, buffers=buffers, weights=weights, optimizers=optimizers, **how)
 
 
 def _chosen(
@@ -149,8 +160,25 @@ def save_state(
     weights: Mapping[str, Iterable[str]],
     about: About,
     validate: Validate | None = None,
-) -> Manifest:
-    """Saves a checkpoint folder of state that was collected already; ``buffers`` of ``tensors`` may differ by rank."""
+    background: Background | None = None,
+    optimizers: Iterable[Optimizer] = (),
+    done: Callable[[Manifest], None] = lambda _: None,
+) -> None:
+    """Saves a checkpoint folder of state that was collected already.
+
+    Args:
+        path: Where to; a checkpoint there is replaced.
+        tensors: The state of models and optimizers; live tensors, or copies.
+        meta: The rest of the user's state.
+        components: What else makes the run the same.
+        buffers: Of ``tensors``, by key and name; they may differ by rank.
+        weights: The names in ``tensors`` of what training changes.
+        about: What the manifest says.
+        validate: How to compare what ranks hold alike.
+        background: Saves copies while training goes on, in the same way.
+        optimizers: Those that change ``tensors``.
+        done: Called once the checkpoint is durable, on the thread that wrote it. May be a collective.
+    """
     stored = with_own_values(meta, components, buffers)
     alike = {key: _without(value, buffers.get(key, ())) for key, value in tensors.items()}
     if validate is not None:
@@ -158,11 +186,9 @@ def save_state(
     if _distributed.rank() > 0:  # of what all ranks hold, DCP keeps any rank's; of buffers it is to be rank 0's
         tensors = alike
     leaves, described = _distributed.agree("packing what is no tensor", lambda: (to_leaves(stored), entries(stored)))
-    return write_checkpoint(
-        path,
-        state=tensors,
+    write = functools.partial(
+        write_checkpoint,
         leaves=leaves,
-        meta=dict(meta),
         components=described,
         step=about.step,
         epoch=about.epoch,
@@ -171,6 +197,22 @@ def save_state(
         metadata=about.metadata,
         weights={f"{key}.{name}" for key, names in weights.items() for name in names},
     )
+    if background is None:
+        done(write(path, state=tensors, meta=dict(meta)))
+        return
+    packed = _distributed.agree("packing what is no tensor", lambda: _packed(meta))
+
+    @_explained
+    def write_copy(path: PathLike, copied: Snapshot) -> Manifest:
+        return write(path, state=copied.state, meta=packed, before_commit=copied.check)
+
+    save_copy = functools.partial(write_copy, path)
+    background.save(str(path), tensors, save_copy, done=done, optimizers=list(optimizers))
+
+
+def _packed(meta: Mapping[str, Any]) -> Packed:
+    """A copy of ``meta`` as it is now; rank 0's is what is stored."""
+    return Packed(pack(dict(meta)) if _distributed.rank() == 0 else b"")
 
 
 def _without(state: Any, names: Collection[str]) -> Any:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap
@@ -23,6 +23,7 @@ from lightning_resume._lightning import (
     SingleDeviceStrategy,
     user_checkpoint_io,
 )
+from lightning_resume.checkpoint.background import AsyncSave, Background
 from lightning_resume.checkpoint.components import SavedComponents
 from lightning_resume.checkpoint.layout import Kind
 from lightning_resume.checkpoint.manifest import Manifest
@@ -61,9 +62,17 @@ class ResumeMixin:
             filled in part; ``"first"`` reads and compares all of it before anything is changed.
         validate: Whether the tensors that ranks hold alike (all of DDP's) are compared before a folder is saved:
             ``"quick"`` by one hash of all, ``"full"`` tensor by tensor, ``None`` not at all.
+        async_save: ``"thread"`` (or ``True``) or ``"process"``: ``fabric.save`` returns once the state is copied, and
+            a thread, or a process for each rank, writes the folder while training goes on. What failed is raised at
+            the optimizer's next step, the next save, load or :meth:`wait`. Call :meth:`wait` before the process group
+            is destroyed, and before another process reads the checkpoint.
+        when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is asked for while one is being written.
+        staging: ``"deferred"``: the copy of what only optimizers change is made beside the forward and backward that
+            follow, and the optimizer's step waits for it. ``"now"``: all is copied before ``fabric.save`` returns; for
+            runs that change parameters otherwise, which else fails the save.
 
     Raises:
-        ValueError: ``verify`` or ``validate`` is another word.
+        ValueError: One of the words is another one, or ``async_save`` is asked for where one file is saved.
     """
 
     _save_distributed_checkpoint: bool
@@ -76,16 +85,26 @@ class ResumeMixin:
         save_distributed_checkpoint: bool | None = None,
         verify: str = "read",
         validate: str | None = None,
+        async_save: Literal["thread", "process"] | bool = False,
+        when_busy: Literal["wait", "skip"] = "wait",
+        staging: Literal["now", "deferred"] = "deferred",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        how = AsyncSave.of(async_save, when_busy, staging)
         self._options = CheckpointOptions(
-            verify=loading.Verify(verify), validate=None if validate is None else Validate(validate)
+            verify=loading.Verify(verify),
+            validate=None if validate is None else Validate(validate),
+            background=None if how is None else Background(how),
         )
         if save_distributed_checkpoint is not None:
             self._save_distributed_checkpoint = save_distributed_checkpoint
         elif not hasattr(self, "_save_distributed_checkpoint"):  # ModelParallelStrategy takes it itself
             self._save_distributed_checkpoint = True
+        if how is not None and not self._save_distributed_checkpoint:
+            raise ValueError(
+                f"async_save={async_save!r} saves folders only. Leave out save_distributed_checkpoint=False."
+            )
         self._tracker = Tracker()
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -136,6 +155,9 @@ class ResumeMixin:
         storage_options: Any | None = None,
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
+        background = self._options.background
+        if background is not None and not background.is_free(str(path)):
+            return
         components = [*self._tracker.components(), *self._precision_component()]
         objects = Objects.of(self._with_loader_states(state), more_modules=self._tracker.modules)
         earlier = {key: self._tracker.buffers_to_go_back_to(module) for key, module in objects.modules.items()}
@@ -149,11 +171,35 @@ class ResumeMixin:
             about = dataclasses.replace(self._options.about, topology=topology)
             if about.step is None:
                 about = dataclasses.replace(about, step=self._tracker.steps)
-            how: dict[str, Any] = {"about": about, "validate": self._options.validate}
-            self.saved = saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **how)
+            how: dict[str, Any] = {"about": about, "validate": self._options.validate, "background": background}
+            how["done"] = self._options.done or self._note
+            saving.save_folder(path, objects, components, filter=filter, earlier_buffers=earlier, **how)
         else:
             write = self._user_io(path, storage_options)
             saving.save_file(path, objects, components, filter=filter, earlier_buffers=earlier, write=write)
+
+    def _note(self, saved: Manifest) -> None:
+        self.saved = saved
+
+    def wait(self) -> None:
+        """Waits until what is being saved in the background is durable. Call it on all ranks.
+
+        Raises:
+            CheckpointSaveError: It failed, on every rank; older checkpoints are untouched.
+        """
+        if self._options.background is not None:
+            self._options.background.wait()
+
+    def close(self) -> None:
+        """Waits as :meth:`wait` does, but is no collective, and ends what saves in the background: a process, a group.
+
+        The end of the interpreter does so too.
+
+        Raises:
+            CheckpointSaveError: What was being saved failed.
+        """
+        if self._options.background is not None:
+            self._options.background.close()
 
     @contextlib.contextmanager
     def using(self, options: CheckpointOptions) -> Iterator[None]:
@@ -189,6 +235,7 @@ class ResumeMixin:
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
+        self.wait()
         found, kind = candidates.locate(path)
         trust = weights_only is False
         return candidates.load_first(found, lambda one: self._load_from(one, kind, state, strict, trust))

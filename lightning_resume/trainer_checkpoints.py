@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_resume import _distributed, loading, saving
 from lightning_resume._lightning import Loops, is_fitting, is_sharded
+from lightning_resume.checkpoint.background import Background
 from lightning_resume.checkpoint.commit import delete_checkpoint
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, to_file
 from lightning_resume.checkpoint.layout import Kind
+from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.validation import Validate
 from lightning_resume.state import collect
@@ -30,6 +32,8 @@ class TrainerCheckpoints:
         self._stock_save, self._stock_load = strategy.save_checkpoint, strategy.load_checkpoint
         self._stock_load_optimizers = strategy.load_optimizer_state_dict
         self._folder_form = False
+        self._background: Background | None = None
+        self._done: Callable[[Manifest], None] = lambda _: None
         strategy.remove_checkpoint = self._remove
         if is_sharded(strategy):
             strategy.optimizer_state = self._optimizer_state
@@ -39,14 +43,21 @@ class TrainerCheckpoints:
             strategy.load_optimizer_state_dict = self._load_optimizers
 
     @contextlib.contextmanager
-    def as_folder(self) -> Iterator[None]:
-        """Inside, ``trainer.save_checkpoint`` saves a folder whatever the strategy, and shards, not whole tensors."""
-        self._folder_form = True
+    def as_folder(self, *, background: Background | None, done: Callable[[Manifest], None]) -> Iterator[None]:
+        """Inside, ``trainer.save_checkpoint`` saves a folder whatever the strategy, and shards, not whole tensors.
+
+        Args:
+            background: Saves it while training goes on.
+            done: Called once it is durable.
+        """
+        before = self._background, self._done
+        self._folder_form, self._background, self._done = True, background, done
         try:
             with self._loops.sharded_state_dicts():
                 yield
         finally:
             self._folder_form = False
+            self._background, self._done = before
 
     @property
     def _saves_folder(self) -> bool:
@@ -99,6 +110,9 @@ class TrainerCheckpoints:
             weights={key: weights},
             about=about,
             validate=self.validate,
+            background=self._background,
+            optimizers=self._loops.optimizers,
+            done=self._done,
         )
 
     def _save_file(

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lightning_resume.checkpoint.names import META_NAME, METADATA_NAME, is_data_name
+from lightning_resume.checkpoint.names import BESIDE_SHARDS, is_data_name
 from lightning_resume.checkpoint.paths import PathLike, as_path, list_names
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.errors import CheckpointCorruptError, CheckpointIncompleteError
@@ -69,7 +69,7 @@ def _check_no_foreign(reader: CheckpointReader) -> None:
     """A shard that the manifest does not know is another save's, and stock readers do not ask whose."""
     assert reader.manifest is not None
     names = list_names(reader.folder)
-    ours = {name for name in names if is_data_name(name) or name in (METADATA_NAME, META_NAME)}
+    ours = {name for name in names if is_data_name(name) or name in BESIDE_SHARDS}
     foreign = sorted(ours - reader.manifest.files.keys())
     if foreign:
         raise CheckpointCorruptError(

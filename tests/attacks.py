@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
 
 from lightning_resume.checkpoint.components import LeafComponents, pack
+from lightning_resume.checkpoint.index import _ROW, PAGE_BYTES, Entry, build_index
 from lightning_resume.checkpoint.manifest import _checksum
 from lightning_resume.checkpoint.reader import CheckpointReader
+from lightning_resume.checkpoint.shards import ShardFile
+from lightning_resume.checkpoint.stored import blocks_of, hash_of_items
 from lightning_resume.checkpoint.writer import write_checkpoint
 from tests.checkpoint_worker import full_tensor, sharded
 
@@ -85,36 +92,127 @@ def write_manifest(path: Path, body: Any) -> None:
     (path / "manifest.json").write_text(json.dumps(body))
 
 
-def replace_file(path: Path, name: str, data: bytes, items: list[Any] | None = None) -> None:
-    """Replaces a file, and what the manifest says of it."""
+def replace_file(path: Path, name: str, data: bytes, **entry: Any) -> None:
+    """Replaces a file, and what the manifest says of it, if there is one; ``entry`` is what else it shall say."""
     (path / name).write_bytes(data)
-    body = json.loads((path / "manifest.json").read_text())
-    items = body["files"][name]["items"] if items is None else items
-    body["files"][name] = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data), "items": items}
-    write_manifest(path, body)
+    if (path / "manifest.json").exists():
+        body = json.loads((path / "manifest.json").read_text())
+        said = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data), "items": []}
+        body["files"][name] = {**said, **entry}
+        write_manifest(path, body)
+
+
+# --- ours: what the index says ---
+
+
+@dataclasses.dataclass
+class Columns:
+    """An index taken apart, to be changed and written again with hashes that fit."""
+
+    head: Any
+    rows: Any
+    dimensions: Any
+    digests: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> Columns:
+        data = (path / ".index").read_bytes()
+        at = 16 + int.from_bytes(data[8:16], "little")
+        head = json.loads(data[16:at])
+        rows, dimensions, _ = head["sections"]
+        parts = data[at : at + rows], data[at + rows : at + rows + dimensions], data[at + rows + dimensions :]
+        return cls(head, np.frombuffer(parts[0], _ROW).copy(), np.frombuffer(parts[1], "<i8").copy(), parts[2])
+
+    def write(self, path: Path) -> None:
+        sections = [self.rows.tobytes(), self.dimensions.tobytes(), self.digests]
+        head = self.head
+        if isinstance(head, dict) and isinstance(head.get("sections"), list):
+            head = {**head, "sections": [len(section) for section in sections]}
+        write_index(path, json.dumps(head).encode(), b"".join(sections))
+
+
+def write_index(path: Path, head: bytes, rest: bytes) -> None:
+    replace_index(path, b"LRindex1" + len(head).to_bytes(8, "little") + head + rest)
+
+
+def replace_index(path: Path, data: bytes) -> None:
+    """Replaces the index and the hashes of its pages."""
+    pages = [(start, data[start : start + PAGE_BYTES]) for start in range(0, len(data), PAGE_BYTES)]
+    items = [[start, len(page), xxhash.xxh3_128_hexdigest(page)] for start, page in pages]
+    replace_file(path, ".index", data, items=items)
+
+
+def reseal_items(path: Path) -> None:
+    """Makes the hashes of all items those of what lies where the index says, as far as there is anything."""
+    columns = Columns.read(path)
+    digests: list[bytes] = []
+    for row in columns.rows:
+        file, head, offset, length, data, _ = row.item()
+        row["digest"] = len(digests)
+        files = columns.head["files"]
+        whole = (path / files[file]).read_bytes() if file < len(files) else b""
+        if head + data <= length and offset + length <= len(whole):
+            digests += _digests(whole[offset : offset + length], head, data)
+    columns.digests = b"".join(digests)
+    columns.write(path)
+
+
+def _digests(item: bytes, head: int, data: int) -> list[bytes]:
+    blocks = [item[head + start : head + end] for _, start, end in blocks_of(data)]
+    return [xxhash.xxh3_128_digest(part) for part in (item[:head], *blocks, item[head + data :])]
 
 
 def replace_item(path: Path, key: str, data: bytes) -> None:
-    """Replaces the item ``key``, and all that ``.metadata`` and the manifest say of its file."""
+    """Replaces the data of the object or leaf ``key``, and all that the index and the manifest say of its file."""
+    index = CheckpointReader(path)._content._index
+    entries = {
+        name: Entry(path=info.path, dtype=info.dtype, shape=info.shape, items=index.items(name))
+        for name, info in index.keys.items()
+    }
+    leaves = {name: index.leaf(name) for name in index.leaves}
+    items = {name: entry.items[0] for name, entry in entries.items()} | leaves
+    (name,) = index.files
+    whole = (path / name).read_bytes()
+    (path / name).unlink()
+    with ShardFile(path / name) as file:
+        for other, placed in items.items():
+            item = placed.item
+            part = whole[item.offset : item.offset + item.length]
+            middle = memoryview(data if other == key else part[item.head : item.head + item.data])
+            stored = file.write(part[: item.head], middle, part[item.head + item.data :])
+            items[other] = placed._replace(item=stored)
+    for other, entry in entries.items():
+        entries[other] = dataclasses.replace(entry, items=[items[other]])
+    hash_of_file = hash_of_items(placed.item.digests for placed in items.values())
+    replace_file(path, name, (path / name).read_bytes(), hash=hash_of_file)
+    replace_index(path, build_index([name], entries, {leaf: items[leaf] for leaf in leaves}))
+
+
+# --- stock: what .metadata says ---
+
+
+def save_stock(path: Path) -> Path:
+    """What plain torch writes, and Lightning beside it; in one process and for one rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.save(a_state(), checkpoint_id=path)
+    torch.save({"epoch": 3}, path / "meta.pt")
+    return path
+
+
+def replace_stock_item(path: Path, key: str, data: bytes) -> None:
+    """Replaces the item ``key``, and all that ``.metadata`` says of its file."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
     (target,) = (index for index in metadata.storage_data if index.fqn == key)
     name = metadata.storage_data[target].relative_path
-    whole, parts, items = (path / name).read_bytes(), [], []
+    whole, parts = (path / name).read_bytes(), []
     inside = [(index, info) for index, info in metadata.storage_data.items() if info.relative_path == name]
     for index, info in sorted(inside, key=lambda pair: pair[1].offset):
         part = data if index == target else whole[info.offset : info.offset + info.length]
         info.offset, info.length = sum(map(len, parts)), len(part)
-        if index == target and key.startswith("resume."):
-            stored, length = metadata.state_dict_metadata[key], _leaf_length(data)
-            stored.size = stored.chunks[0].sizes = torch.Size([length])
-        items.append([info.offset, info.length, xxhash.xxh3_128_hexdigest(part)])
         parts.append(part)
-    replace_file(path, name, b"".join(parts), items)
-    replace_file(path, ".metadata", pickle.dumps(metadata, 4))
-
-
-def _leaf_length(data: bytes) -> int:
-    return int(torch.load(io.BytesIO(data)).numel())
+    (path / name).write_bytes(b"".join(parts))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata, 4))
 
 
 def archive(pickled: bytes, records: Mapping[str, bytes] | None = None, *, deflate: bool = False) -> bytes:
@@ -310,12 +408,3 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "a bare pickle": lambda: b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
 }
-
-
-def as_leaf(data: bytes | torch.Tensor) -> bytes:
-    """An item that holds the bytes as DCP stores a tensor; the tensor itself may be a view."""
-    file = io.BytesIO()
-    if isinstance(data, bytes):
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    torch.save(data, file)
-    return file.getvalue()

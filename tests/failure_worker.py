@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_resume import CheckpointManager, loading
-from lightning_resume.checkpoint import filesystem, items
+from lightning_resume.checkpoint import items, shards
 from lightning_resume.checkpoint.commit import Commit, LocalCommit
 from lightning_resume.checkpoint.layout import leftovers, newest
 from lightning_resume.checkpoint.paths import as_path
@@ -170,14 +170,14 @@ def object_in_place(make: Callable[[], Any]) -> Callable[[Run], Any]:
 @contextlib.contextmanager
 def bad_file(_run: Run) -> Iterator[None]:
     """A shard's own write fails with an error that cannot be sent."""
-    write = filesystem.HashedFile.end_item
+    write = shards.ShardFile.write
 
-    def fail(_self: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise CannotUnpickleError("no", "connection")
 
-    filesystem.HashedFile.end_item = fail  # type: ignore[method-assign]
+    shards.ShardFile.write = fail  # type: ignore[method-assign]
     yield
-    filesystem.HashedFile.end_item = write  # type: ignore[method-assign]
+    shards.ShardFile.write = write  # type: ignore[method-assign]
 
 
 FAILURES: dict[str, Callable[[Run], Any]] = {
@@ -251,16 +251,16 @@ def results(folder: Path, work: Callable[..., None], world_size: int, **options:
 # --- one rank dies, or hangs ---
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop(*_: Any) -> None:
+def stop(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def at_a_shard(act: Callable[..., None]) -> None:
-    filesystem.HashedFile.end_item = act  # type: ignore[method-assign,assignment]
+    shards.ShardFile.write = act  # type: ignore[method-assign,assignment]
 
 
 def at_the_commit(act: Callable[..., None]) -> None:
@@ -269,7 +269,7 @@ def at_the_commit(act: Callable[..., None]) -> None:
 
 
 def at_a_read(act: Callable[..., None]) -> None:
-    items.ItemSource._read = act  # type: ignore[method-assign,assignment]
+    items.ItemSource.read_into = act  # type: ignore[method-assign,assignment]
 
 
 DEATHS: dict[str, tuple[Callable[[Callable[..., None]], None], Callable[[Run], Any]]] = {
@@ -315,19 +315,25 @@ def go_on_while_one_dies(folder: Path, death: str, world_size: int, victim: int,
 @contextlib.contextmanager
 def damaged_eyes(path: Any, name: str) -> Iterator[None]:
     """In this process, one byte of the files called ``name`` in ``path`` is read wrongly."""
-    read = items.read_range
+    read, read_fully = items.read_range, items._read_fully
+
+    def is_damaged(file: str) -> bool:
+        return file.startswith(str(path)) and file.endswith(name)
 
     def wrong(file: Any, offset: int, length: int) -> bytes:
         data = read(file, offset, length)
-        if str(file).startswith(str(path)) and file.name.endswith(name):
-            data = bytes([data[0] ^ 1]) + data[1:]
-        return data
+        return bytes([data[0] ^ 1]) + data[1:] if is_damaged(str(file)) else data
 
-    items.read_range = wrong
+    def wrong_in_place(file: int, into: memoryview, offset: int) -> None:
+        read_fully(file, into, offset)
+        if is_damaged(os.readlink(f"/proc/self/fd/{file}")):
+            into[0] ^= 1
+
+    items.read_range, items._read_fully = wrong, wrong_in_place
     try:
         yield
     finally:
-        items.read_range = read
+        items.read_range, items._read_fully = read, read_fully
 
 
 @contextlib.contextmanager

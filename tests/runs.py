@@ -75,6 +75,7 @@ class Settings:
     gathers: bool = False
     """Whether the whole model and optimizer are recorded too, which is the same on every topology."""
     sabotage: str | None = None
+    async_save: str | bool = False
 
 
 class Augmented(Dataset[Any]):
@@ -178,8 +179,8 @@ def optimizer_tensors(optimizer: Any) -> list[Tensor]:
 class Reaper:
     """Dies when the run comes to the moment it is told."""
 
-    def __init__(self, kill: Kill | None) -> None:
-        self._kill = kill
+    def __init__(self, settings: Settings) -> None:
+        self._kill, self._async = settings.kill, settings.async_save
 
     def at(self, step: int, moment: str) -> None:
         if self._kill == Kill(step=step, moment=moment):
@@ -187,7 +188,7 @@ class Reaper:
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Inside, a flush of a file is the moment."""
+        """Inside, a flush of a file is the moment; in the background, the next one from here on."""
         if self._kill != Kill(step=step, moment="saving"):
             yield
             return
@@ -195,7 +196,8 @@ class Reaper:
         try:
             yield
         finally:
-            os.fsync = flush
+            if not self._async:
+                os.fsync = flush
 
 
 def end_processes() -> None:
@@ -208,12 +210,12 @@ def end_processes() -> None:
 # -- Fabric
 
 
-def fabric_strategy(name: str, world_size: int) -> Any:
+def fabric_strategy(name: str, world_size: int, *, async_save: Any = False) -> Any:
     if name == "mp":
         sizes = {"data_parallel_size": world_size, "tensor_parallel_size": 1}
-        return ResumableModelParallelStrategy(shard, **sizes)
+        return ResumableModelParallelStrategy(shard, **sizes, async_save=async_save)
     ready = {"single": ResumableSingleDeviceStrategy, "ddp": ResumableDDPStrategy, "fsdp": ResumableFSDPStrategy}
-    return ready[name]()
+    return ready[name](async_save=async_save)
 
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
@@ -222,12 +224,12 @@ def shard(module: nn.Module, mesh: Any) -> nn.Module:
 
 def run_fabric(*, folder: Path, settings: Settings) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
-    strategy = fabric_strategy(settings.strategy, world_size)
+    strategy = fabric_strategy(settings.strategy, world_size, async_save=settings.async_save)
     fabric = L.Fabric(accelerator="cpu", devices=world_size, strategy=strategy)
     fabric.launch()
     model = begin(settings)
     seed_rank(settings, fabric.global_rank)
-    recorder, reaper = Recorder(folder, fabric.global_rank, settings), Reaper(settings.kill)
+    recorder, reaper = Recorder(folder, fabric.global_rank, settings), Reaper(settings)
 
     model = fabric.setup_module(model)
     optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=0.01))
@@ -257,6 +259,7 @@ def run_fabric(*, folder: Path, settings: Settings) -> None:
             with reaper.saving(state["step"]):
                 fabric.save(path, state)
             reaper.at(state["step"], "saved")
+    strategy.close()
     recorder.write("end", step=state["step"], draws=draws())
     end_processes()
 
@@ -350,14 +353,21 @@ class Module(L.LightningModule):
 def run_trainer(*, folder: Path, settings: Settings) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     net = begin(settings)
-    recorder, reaper = Recorder(folder, rank, settings), Reaper(settings.kill)
+    recorder, reaper = Recorder(folder, rank, settings), Reaper(settings)
     loaders = partial(DataLoader, batch_size=settings.batch_size)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=trainer_strategy(settings.strategy, world_size),
         max_epochs=settings.epochs,
-        callbacks=[ResumeCallback(folder / "checkpoints", every_n_train_steps=1, max_attempts=None)],
+        callbacks=[
+            ResumeCallback(
+                folder / "checkpoints",
+                every_n_train_steps=1,
+                max_attempts=None,
+                async_save=settings.async_save,  # type: ignore[arg-type]
+            )
+        ],
         val_check_interval=2,
         logger=False,
         enable_progress_bar=False,

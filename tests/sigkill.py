@@ -153,9 +153,11 @@ class Case:
     """``all`` or ``one``."""
     sabotage: str | None = None
     """A save that is broken on purpose, by its name in ``SABOTAGES``."""
+    async_save: str | bool = False
 
     def __str__(self) -> str:
-        return f"{self.form}, {self.store}, {self.ranks} rank{'s' * (self.ranks > 1)}, kills {self.victims}"
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"{self.form}, {self.async_save or self.store}, {ranks}, kills {self.victims}"
 
     def url(self, folder: Path) -> str:
         root = folder / "run"
@@ -168,6 +170,14 @@ CASES = [
         ("steps", "one path"), ("disk", "two renames", "objstore", "fileserver"), ((1, "all"), (2, "one"), (2, "all"))
     )
     if (form, store) != ("steps", "two renames")
+] + [
+    Case(form="steps", store="disk", ranks=ranks, victims=victims, async_save=async_save)
+    for async_save, ranks, victims in (
+        ("thread", 1, "all"),
+        ("thread", 2, "one"),
+        ("thread", 2, "all"),
+        ("process", 1, "all"),
+    )
 ]
 
 
@@ -177,22 +187,31 @@ def run(case: Case, folder: Path, saves: int, tell: Callable[[str], None]) -> No
         commit.exchange = lambda *_: False  # type: ignore[assignment]
     if case.sabotage is not None:
         SABOTAGES[case.sabotage]()
-    (run_steps if case.form == "steps" else run_one_path)(case.url(folder), saves, tell)
+    if case.form == "steps":
+        run_steps(case.url(folder), saves, tell, async_save=case.async_save)
+    else:
+        run_one_path(case.url(folder), saves, tell)
 
 
-def run_steps(root: str, saves: int, tell: Callable[[str], None]) -> None:
+def run_steps(root: str, saves: int, tell: Callable[[str], None], *, async_save: Any = False) -> None:
     net = nn.Linear(100, NUMBERS // 100)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
     state: dict[str, Any] = {"net": net, "optimizer": optimizer, "number": 0, "own": 0}
-    with CheckpointManager(root, keep=KeepLast(2), max_attempts=None) as manager:
+    with CheckpointManager(root, keep=KeepLast(2), max_attempts=None, async_save=async_save) as manager:
         first = manager.load(state) or 0
         values = {int(value) for value in net.weight.unique()} if first else {0}
         assert {state["number"], state["own"], *values} == {first}, "what was loaded is a mix"
         for number in range(first + 1, first + 1 + saves):
+            optimizer.step()  # without gradients it changes nothing, but waits until it may
             fill(net, optimizer, number)
             tell(f"begin {number}")
             manager.save(state | {"number": number, "own": number}, step=number, user_content=number)
-            tell(f"done {number}")
+            if not async_save:
+                tell(f"done {number}")
+            elif number > first + 1:  # for which this save has waited
+                tell(f"done {number - 1}")
+        manager.wait()
+        tell(f"done {first + saves}")
 
 
 def fill(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:

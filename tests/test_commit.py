@@ -103,7 +103,7 @@ def test_everything_is_durable_before_the_name_and_the_name_after(
 ) -> None:
     save_small(tmp_path / "c", 1)
     staged = os.path.dirname(operations[0][1])
-    data = ["__0_0.distcp", ".metadata", "meta.pt"]
+    data = ["__0_0.distcp", ".metadata", ".index", "meta.pt"]
     assert operations == [
         *[("fsync", f"{staged}/{name}") for name in data],
         ("fsync", staged),
@@ -170,7 +170,14 @@ def test_a_folder_that_may_not_be_written_is_named_and_untouched(tmp_path: Path,
 
 def test_an_item_that_the_writer_lost_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plan = shards._write_plan
-    monkeypatch.setattr(shards, "_write_plan", lambda *args: write_plan(*args)[:-1])
+
+    def lose_one(*args: Any) -> Any:
+        files = write_plan(*args)
+        files[-1].indexes.pop()
+        files[-1].items.pop()
+        return files
+
+    monkeypatch.setattr(shards, "_write_plan", lose_one)
     with pytest.raises(CheckpointSaveError, match=r"1 of 3 planned items were not written: resume.x"):
         save_small(tmp_path / "c", 1)
     assert os.listdir(tmp_path) == []
@@ -183,7 +190,7 @@ def test_overwriting_leaves_no_stale_file(tmp_path: Path) -> None:
     save_small(tmp_path / "c", 1)
     (tmp_path / "c" / "__1_0.distcp").touch()
     save_small(tmp_path / "c", 2)
-    assert sorted(os.listdir(tmp_path / "c")) == [".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
+    assert sorted(os.listdir(tmp_path / "c")) == [".index", ".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
 
 
 def test_the_sequence_goes_up_with_every_save_beside_it(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_rank_that_hangs_is_told_to_the_others_within_the_limit_of_the_group(r
 # --- one rank alone sees damage ---
 
 
-@pytest.mark.parametrize("name", [".distcp", "meta.pt", ".metadata"])
+@pytest.mark.parametrize("name", [".distcp", "meta.pt", ".index"])
 @pytest.mark.parametrize("bad", [0, 1])
 def test_damage_that_one_rank_sees_sends_all_back_but_not_from_a_checkpoint_that_was_named(
     ranks: Zygote, tmp_path: Path, name: str, bad: int
@@ -270,7 +270,7 @@ def check_a_fabric_is_told(folder: Path, *, form: str) -> None:
 def check_load_raw_is_told(folder: Path, *, form: str) -> None:
     toy = Toy(fabric("ddp", form))
     toy.fabric.save(folder / "c", {"model": toy.model})
-    eyes = worker.damaged_eyes(folder / "c", ".metadata") if form == "folder" else worker.closed_eyes(folder / "c")
+    eyes = worker.damaged_eyes(folder / "c", ".index") if form == "folder" else worker.closed_eyes(folder / "c")
     with (
         eyes if toy.fabric.global_rank == 1 else contextlib.nullcontext(),
         pytest.raises((CheckpointCorruptError, OSError), match=r"damaged|Input/output"),

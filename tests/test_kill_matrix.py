@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Launch, LaunchError, Zygote, zygote
-from tests.kill_matrix import CELLS, STEPS, Cell, chain_of, compare, differences, run_killed, run_whole
+from tests.kill_matrix import ASYNC_CELLS, CELLS, STEPS, Cell, chain_of, compare, differences, run_killed, run_whole
 from tests.runs import SABOTAGES, STACKS, Kill
 
 EVERY_STEP = range(1, STEPS + 1)
@@ -36,11 +36,11 @@ def whole(ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return of
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", [*CELLS, *ASYNC_CELLS], ids=str)
 def test_a_run_killed_at_every_step_is_the_run_that_was_not(
     cell: Cell, whole: Callable[[Cell], Path], ranks: Zygote, tmp_path: Path
 ) -> None:
-    kills = chain_of(cell, first=CELLS.index(cell))
+    kills = chain_of(cell, first=[*CELLS, *ASYNC_CELLS].index(cell))
     run_killed(cell, tmp_path, kills, ranks)
     assert differences(cell, whole(cell), tmp_path, kills) == []
 

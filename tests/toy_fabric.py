@@ -45,16 +45,16 @@ def launch(ranks: Zygote, check: Callable[..., None], folder: Path, **arguments:
     ranks.run(Launch(function="call", arguments=content, world_size=2, folder=folder, seconds=120))
 
 
-def strategy(name: str, form: str = "folder") -> Any:
+def strategy(name: str, form: str = "folder", **options: Any) -> Any:
     """Our strategy; ``form`` is what it saves: a ``folder`` or a ``file``."""
     folder = form == "folder"
     if name == "fsdp":
-        return ResumableFSDPStrategy(state_dict_type="sharded" if folder else "full")
+        return ResumableFSDPStrategy(state_dict_type="sharded" if folder else "full", **options)
     if name == "mp":
         sizes = {"data_parallel_size": int(os.environ.get("WORLD_SIZE", "1")), "tensor_parallel_size": 1}
-        return ResumableModelParallelStrategy(shard, save_distributed_checkpoint=folder, **sizes)
+        return ResumableModelParallelStrategy(shard, save_distributed_checkpoint=folder, **sizes, **options)
     ready = {"single": ResumableSingleDeviceStrategy, "ddp": ResumableDDPStrategy}
-    return ready[name](save_distributed_checkpoint=folder)
+    return ready[name](save_distributed_checkpoint=folder, **options)
 
 
 def fabric(name: str = "single", form: str = "folder", **options: Any) -> L.Fabric:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any, cast
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -22,35 +22,30 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
-from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.utils import find_state_dict_object
+from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
 from lightning_resume.checkpoint.pickles import check_pickle
 
 __all__ = [
-    "CheckpointException",
     "StorageInfo",
     "flatten",
     "flatten_state_dict",
     "is_distributed_tensor",
     "load_metadata",
+    "local_boxes",
+    "local_parts",
     "local_target",
-    "save",
     "set_element",
     "unflatten_state_dict",
+    "with_parts",
 ]
 
 ObjectPath = tuple[str | int, ...]
 
 _PICKLE_PROTOCOL = 4
-
-
-def save(state: dict[str, Any], *, writer: StorageWriter, planner: SavePlanner, no_dist: bool) -> None:
-    # the public dcp.save warns in a single process, and warnings.catch_warnings is not for threads
-    _save_state_dict(state_dict=state, storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
 def flatten(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, ObjectPath]]:
@@ -60,6 +55,40 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, ObjectPath
 
 def is_distributed_tensor(value: object) -> bool:
     return isinstance(value, DTensor | ShardedTensor)
+
+
+def local_boxes(value: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Returns where in the whole tensor each part begins that this rank has of it, and its sizes."""
+    if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
+        return []
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in _create_chunk_list(value)]
+
+
+def local_parts(value: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in which this rank holds its part of ``value``."""
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor.detach() for shard in value.local_shards()]
+    return [value.to_local().detach() if isinstance(value, DTensor) else value.detach()]
+
+
+def with_parts(value: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``value`` with tensors on the CPU in place of its :func:`local_parts`; to be saved, and for nothing else."""
+    if isinstance(value, DTensor):
+        # not from_local, which moves what is on the CPU back to the device of the mesh
+        return DTensor(parts[0], value._spec, requires_grad=False)
+    if not isinstance(value, ShardedTensor):
+        return parts[0]
+    metadata = copy.deepcopy(value.metadata())
+    for shard in metadata.shards_metadata:
+        assert shard.placement is not None
+        shard.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+    own = {tuple(shard.shard_offsets): shard for shard in metadata.shards_metadata}
+    mine = [own[tuple(shard.metadata.shard_offsets)] for shard in value.local_shards()]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        [Shard(tensor=part, metadata=shard) for part, shard in zip(parts, mine, strict=True)],
+        metadata,
+        process_group=value._process_group,
+    )
 
 
 def local_target(flat: dict[str, Any], index: MetadataIndex) -> torch.Tensor:

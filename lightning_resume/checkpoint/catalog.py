@@ -133,7 +133,7 @@ class Catalog:
             raise self._corrupt(f"{type(error).__name__}: {error}") from error
 
     def _check(self) -> None:
-        _check_paths({key: self._path(key) for key in self.metadata.state_dict_metadata})
+        check_paths({key: self._path(key) for key in self.metadata.state_dict_metadata})
         for key, stored in self.metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 self._check_tensor(key, stored)
@@ -155,7 +155,7 @@ class Catalog:
                 place is None or claimed <= place.length,
                 f"{key!r}: a shard of {claimed} bytes in an item of {0 if place is None else place.length} bytes",
             )
-        _check_apart(key, stored.chunks)
+        check_apart(key, stored.chunks)
 
     def _info(self, key: str) -> TensorInfo | None:
         stored = self.metadata.state_dict_metadata[key]
@@ -175,8 +175,12 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _check_paths(paths: Mapping[str, ObjectPath]) -> None:
-    """Checks that the paths make up one nested state of dicts and lists, and no list of endless gaps."""
+def check_paths(paths: Mapping[str, ObjectPath]) -> None:
+    """Checks that the paths make up one nested state of dicts and lists, and no list of endless gaps.
+
+    Raises:
+        ValueError: They do not.
+    """
     kinds: dict[ObjectPath, type] = {}
     lengths: dict[ObjectPath, int] = {}
     for key, path in paths.items():
@@ -203,8 +207,12 @@ def _check_chunk(key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMet
     )
 
 
-def _check_apart(key: str, chunks: Sequence[ChunkStorageMetadata]) -> None:
-    """Checks that no two shards overlap, so that shards of the tensor's volume are the whole tensor."""
+def check_apart(key: str, chunks: Sequence[ChunkStorageMetadata]) -> None:
+    """Checks that no two shards overlap, so that shards of the tensor's volume are the whole tensor.
+
+    Raises:
+        ValueError: Two do.
+    """
     boxes = [_box(chunk) for chunk in chunks if math.prod(chunk.sizes) > 0]
     if len(boxes) < 2:
         return

@@ -13,6 +13,7 @@ from typing import TypeVar
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
 from lightning_resume.checkpoint.names import (
     ATTEMPTS_NAME,
+    BESIDE_SHARDS,
     MANIFEST_NAME,
     META_NAME,
     METADATA_NAME,
@@ -197,7 +198,7 @@ def _left_in(folder: RemotePath) -> list[AnyPath]:
     if manifest.folder is None:
         surplus = ours
     else:
-        surplus = {n for n in names if is_data_name(n) or n in (METADATA_NAME, META_NAME)} | ours - {manifest.folder}
+        surplus = {n for n in names if is_data_name(n) or n in BESIDE_SHARDS} | ours - {manifest.folder}
     surplus |= {name for name in names if is_leftover_name(name)}
     return [folder / name for name in sorted(surplus | names & {UNFINISHED_NAME})]
 
@@ -219,7 +220,7 @@ def _is_root(folder: AnyPath) -> bool:
 
 def holds_checkpoint(names: Iterable[str]) -> bool:
     """Whether a folder with these ``names`` in it is, or was to be, a checkpoint."""
-    ours = {MANIFEST_NAME, METADATA_NAME, META_NAME, UNFINISHED_NAME}
+    ours = {MANIFEST_NAME, UNFINISHED_NAME} | BESIDE_SHARDS
     return any(name in ours or is_data_name(name) or is_replacing_name(name) for name in names)
 
 

@@ -14,6 +14,9 @@ from lightning_resume.checkpoint.paths import AnyPath
 MANIFEST_NAME = "manifest.json"
 METADATA_NAME = ".metadata"
 META_NAME = "meta.pt"
+INDEX_NAME = ".index"
+BESIDE_SHARDS = frozenset({METADATA_NAME, META_NAME, INDEX_NAME})
+"""The files of a checkpoint beside its shards and its manifest."""
 UNFINISHED_NAME = ".unfinished"
 """Lies in a remote folder while it is filled or emptied: without a manifest beside it, nothing in there counts."""
 ATTEMPTS_NAME = "attempts.json"

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from lightning_resume._distributed import agree, is_distributed
 from lightning_resume.checkpoint._dcp import (
     ObjectPath,
-    StorageInfo,
     flatten,
     flatten_state_dict,
     is_distributed_tensor,
-    local_target,
     set_element,
     unflatten_state_dict,
 )
-from lightning_resume.checkpoint.catalog import Catalog, TensorInfo
+from lightning_resume.checkpoint.catalog import TensorInfo
+from lightning_resume.checkpoint.indexed import IndexedContent
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
-from lightning_resume.checkpoint.names import MANIFEST_NAME, META_NAME, METADATA_NAME, is_staged
+from lightning_resume.checkpoint.names import MANIFEST_NAME, META_NAME, is_staged
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, size_of
-from lightning_resume.checkpoint.safe import load_tensor, safe_load
+from lightning_resume.checkpoint.safe import safe_load
+from lightning_resume.checkpoint.stock import StockContent
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -45,8 +39,7 @@ __all__ = ["CheckpointReader", "TensorInfo"]
 
 T = TypeVar("T")
 
-_READERS = 8  # at once
-_AHEAD_BYTES = 2**28  # at most so much is read before it is used, or one item
+_READERS = 8  # at once, of whole files
 
 
 class CheckpointReader:
@@ -60,8 +53,8 @@ class CheckpointReader:
         CheckpointNotFoundError: There is no checkpoint folder at ``path``.
         CheckpointIncompleteError: The save that wrote it did not finish.
         CheckpointVersionError: It is of a newer format.
-        CheckpointCorruptError: The manifest or ``.metadata`` is damaged.
-        UnsafeCheckpointError: ``.metadata`` could run code.
+        CheckpointCorruptError: The manifest or the index is damaged; of a stock checkpoint, ``.metadata``.
+        UnsafeCheckpointError: It is a stock checkpoint whose ``.metadata`` could run code.
     """
 
     def __init__(self, path: PathLike, *, trust: bool = False) -> None:
@@ -69,8 +62,8 @@ class CheckpointReader:
         self.manifest: Manifest | None = _open(self.path)
         self.trust: bool = trust
         self._source = ItemSource(resolve(self.path), self.manifest)
-        self._catalog = Catalog(self._source.whole(METADATA_NAME), source=str(self.path / METADATA_NAME))
-        if self.manifest is None and self._catalog.leaves:
+        self._content = StockContent(self._source) if self.manifest is None else IndexedContent(self._source)
+        if isinstance(self._content, StockContent) and self._content.leaves:
             raise CheckpointIncompleteError(
                 f"{self.path} was written by lightning-resume but has lost its manifest: it was copied or deleted in "
                 "part. Load another checkpoint, or copy it again."
@@ -79,18 +72,18 @@ class CheckpointReader:
     @property
     def keys(self) -> Mapping[str, TensorInfo | None]:
         """Every flat key but our leaves, with the global shape and dtype of a tensor, None for any other object."""
-        return self._catalog.keys
+        return self._content.keys
 
     @property
     def mappings(self) -> Mapping[str, ObjectPath]:
         """The path of every flat key in the nested state."""
-        return self._catalog.mappings
+        return self._content.mappings
 
     def leaf_names(self) -> list[str]:
-        return list(self._catalog.leaves)
+        return list(self._content.leaves)
 
     def has_leaf(self, name: str) -> bool:
-        return name in self._catalog.leaves
+        return name in self._content.leaves
 
     def leaf(self, name: str) -> bytes:
         """Returns the bytes that some rank saved under ``name``.
@@ -99,14 +92,9 @@ class CheckpointReader:
             KeyError: There is no such leaf.
             CheckpointCorruptError: What is stored differs from what was saved.
         """
-        if not self.has_leaf(name):
+        if not isinstance(self._content, IndexedContent) or not self.has_leaf(name):
             raise KeyError(name)
-        index = self._catalog.leaf_index(name)
-        data = self._source.item(name, self._catalog.where(index))
-        tensor = self._as_tensor(index, data)
-        if tensor.dtype != torch.uint8:
-            raise CheckpointCorruptError(f"{self.path}: the leaf {name!r} is of {tensor.dtype}, not of bytes.")
-        return tensor.numpy().tobytes()
+        return self._content.leaf(name)
 
     def load_into(self, state: dict[str, Any], *, together: bool | None = None) -> None:
         """Fills the tensors in ``state`` in place and replaces its other values, as ``dcp.load`` does.
@@ -144,7 +132,7 @@ class CheckpointReader:
         """
         wanted = [key for key, path in self.mappings.items() if prefixes is None or path[0] in prefixes]
         for key in wanted:
-            self._catalog.check_covered(key)  # before room is made for what may not be there
+            self._content.check_covered(key)  # before room is made for what may not be there
         flat = {key: _empty(self.keys[key]) for key in wanted}
         flat |= self._fill(flat)
         return unflatten_state_dict(flat, dict(self.mappings))
@@ -182,22 +170,16 @@ class CheckpointReader:
         Raises:
             CheckpointCorruptError: A file is missing or differs from what was saved; names it.
         """
+        if not isinstance(self._content, IndexedContent):
+            return
         with ThreadPoolExecutor(_READERS) as readers:
             wanted = self.file_bytes if files is None else files
-            items = self._items_by_file()
-            checks = [readers.submit(self._source.verify_file, name, items.get(name, {}), read) for name in wanted]
+            checks = [readers.submit(self._content.verify, name, read) for name in wanted]
             try:
                 for check in checks:
                     check.result()
             finally:
                 readers.shutdown(cancel_futures=True)
-
-    def _items_by_file(self) -> dict[str, dict[int, str]]:
-        """The key of each item, by the name of its file and the byte at which it begins."""
-        found: dict[str, dict[int, str]] = {}
-        for index, info in self._catalog.metadata.storage_data.items():
-            found.setdefault(info.relative_path, {})[info.offset] = index.fqn
-        return found
 
     def _check_fits(self, flat: Mapping[str, Any]) -> None:
         for key, value in flat.items():
@@ -212,68 +194,12 @@ class CheckpointReader:
                 raise _mismatch(key, "the device", saved=_describe(saved), current="meta; materialize it first")
 
     def _fill(self, flat: dict[str, Any]) -> dict[str, Any]:
-        """Copies what is stored into the tensors of ``flat``; returns the other values by key."""
-        for key in flat:
-            self._catalog.check_covered(key)
-            self._check_empty(key)
-        values: dict[str, Any] = {}
-        for requests, data in self._items(self._requests(flat)):
-            key = requests[0].storage_index.fqn
-            if requests[0].type == LoadItemType.BYTE_IO:
-                values[key] = self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))
-            else:
-                self._copy(flat, self._as_tensor(requests[0].storage_index, data), requests)
-        return values
+        """Reads what is stored into the tensors of ``flat``; returns the other values by key."""
 
-    def _check_empty(self, key: str) -> None:
-        """Verifies the stored parts without elements, which no read plan asks for."""
-        stored = self._catalog.metadata.state_dict_metadata[key]
-        for chunk in stored.chunks if isinstance(stored, TensorStorageMetadata) else ():
-            if math.prod(chunk.sizes) == 0:
-                self._source.item(key, self._catalog.where(MetadataIndex(key, chunk.offsets)))
+        def decode(key: str, data: bytes) -> Any:
+            return self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))
 
-    def _items(self, wanted: Iterator[tuple[StorageInfo, list[ReadItem]]]) -> Iterator[tuple[list[ReadItem], bytes]]:
-        """Yields the verified bytes of each stored item; those of a remote store are read ahead, in parallel."""
-        if not self._source.is_remote:
-            for info, requests in wanted:
-                yield requests, self._source.item(requests[0].storage_index.fqn, info)
-            return
-        ahead: deque[tuple[list[ReadItem], int, Future[bytes]]] = deque()
-        pending = 0
-        with ThreadPoolExecutor(_READERS) as readers:
-            try:
-                for info, requests in wanted:
-                    future = readers.submit(self._source.item, requests[0].storage_index.fqn, info)
-                    ahead.append((requests, info.length, future))
-                    pending += info.length
-                    while pending > _AHEAD_BYTES or len(ahead) > 2 * _READERS:
-                        first, length, future = ahead.popleft()
-                        pending -= length
-                        yield first, future.result()
-                while ahead:
-                    first, _, future = ahead.popleft()
-                    yield first, future.result()
-            finally:
-                readers.shutdown(cancel_futures=True)
-
-    def _requests(self, flat: dict[str, Any]) -> Iterator[tuple[StorageInfo, list[ReadItem]]]:
-        """Yields each stored item that ``flat`` needs, once and in the order of the files, with all that is wanted."""
-        plan = create_default_local_load_plan(flat, self._catalog.metadata, True)
-        placed = [(self._catalog.where(item.storage_index), item) for item in plan.items]
-        placed.sort(key=lambda pair: _place(pair[0]))
-        for _, group in groupby(placed, key=lambda pair: _place(pair[0])):
-            pairs = list(group)
-            yield pairs[0][0], [item for _, item in pairs]
-
-    def _copy(self, flat: dict[str, Any], tensor: torch.Tensor, requests: Sequence[ReadItem]) -> None:
-        for request in requests:
-            target = _narrow(local_target(flat, request.dest_index), request.dest_offsets, request.lengths)
-            target.copy_(_narrow(tensor, request.storage_offsets, request.lengths))
-
-    def _as_tensor(self, index: MetadataIndex, data: bytes) -> torch.Tensor:
-        tensor: torch.Tensor = self._decode(f"item {index.fqn!r}", partial(load_tensor, data))
-        self._catalog.check_item(index, tensor)
-        return tensor
+        return self._content.fill(flat, decode)
 
     def _decode(self, what: str, load: Callable[..., Any]) -> Any:
         try:
@@ -315,16 +241,6 @@ def _hint(path: AnyPath, kind: Kind) -> str:
 
 def _alone(_what: str, act: Callable[[], T]) -> T:
     return act()
-
-
-def _place(info: StorageInfo) -> tuple[str, int, int]:
-    return info.relative_path, info.offset, info.length
-
-
-def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dimension, offset, length)
-    return tensor
 
 
 def _empty(info: TensorInfo | None) -> torch.Tensor | None:

@@ -1,38 +1,48 @@
-"""Writes each rank's shards in the layout of stock DCP, hashed and durable, and ``.metadata`` over them."""
+"""Writes each rank's shards in the layout of stock DCP, hashed and durable, and what says where everything lies."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import math
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import xxhash
-from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan, SavePlanner, StorageWriter, WriteItem
+from torch.distributed.checkpoint import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from lightning_resume._distributed import is_distributed, sendable, together
-from lightning_resume.checkpoint._dcp import CheckpointException, StorageInfo, dump_metadata, save
-from lightning_resume.checkpoint.filesystem import HashedFile, torch_save
-from lightning_resume.checkpoint.manifest import FileEntry, Item
-from lightning_resume.checkpoint.names import METADATA_NAME, data_name
+from lightning_resume._distributed import agree, gather_object, rank
+from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
+from lightning_resume.checkpoint.archive import contiguous, frame_of, memory_of
+from lightning_resume.checkpoint.filesystem import HashedFile, new_file
+from lightning_resume.checkpoint.index import PAGE_BYTES, Box, Entry, Placed, build_index
+from lightning_resume.checkpoint.manifest import FileEntry
+from lightning_resume.checkpoint.names import INDEX_NAME, LEAF_PREFIX, METADATA_NAME, data_name
 from lightning_resume.checkpoint.paths import AnyPath
+from lightning_resume.checkpoint.planning import Planned, plan_save
+from lightning_resume.checkpoint.stored import StoredItem, blocks_of, hash_of_items
 from lightning_resume.errors import CheckpointSaveError
-
-__all__ = ["CheckpointException", "Shards", "write_shards"]
 
 _DCP_VERSION = "1.0.0"
 _UPLOADS = 4  # at once, from each rank
 _LEAST_PART_BYTES = 2**24
 _MOST_NAMES = 20
+
+
+Data: TypeAlias = torch.Tensor | io.BytesIO
+WriteItems: TypeAlias = "Callable[[Path, Sequence[tuple[WriteItem, Data]], frozenset[str]], WrittenFile]"
+_Place: TypeAlias = "tuple[str, tuple[int, ...] | None]"
+"""Of an item: its key, and of a tensor where the shard begins."""
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,96 +54,51 @@ class Shards:
     nonfinite: tuple[str, ...]
 
 
-def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[str] = ()) -> Shards:
-    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written.
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """One file of one rank: its items in the order in which they lie there, and which of them are not finite."""
+
+    name: str
+    indexes: list[MetadataIndex]
+    items: list[StoredItem]
+    nonfinite: list[str]
+
+    @property
+    def entry(self) -> FileEntry:
+        size = sum(item.length for item in self.items)
+        return FileEntry(bytes=size, hash=hash_of_items(item.digests for item in self.items))
+
+
+def write_shards(folder: AnyPath, state: dict[str, Any], *, weights: Collection[str] = ()) -> Written | None:
+    """Writes ``state`` of all ranks into ``folder``; returns on rank 0 what was written, of which it has to tell.
 
     Must be called on all ranks. ``weights`` names, by flat key, the tensors that training changes.
 
     Raises:
-        CheckpointException: It failed on at least one rank; raised on all. This is a BaseException.
+        Exception: It failed on at least one rank; raised on all.
         RankLostError: A rank is gone.
     """
-    writer = _ShardWriter(folder, frozenset(weights))
-    with together():  # what a rank's own errors become is no RuntimeError
-        save(state, writer=writer, planner=_Planner(), no_dist=not is_distributed())
-    return writer.shards
+    planner, planned = plan_save(state)
+    mine = agree("writing", partial(_write_plan, folder, planned.mine, planner, frozenset(weights)))
+    of_ranks = gather_object(mine, dst=0)
+    if of_ranks is None:
+        return None
+    return Written(planned, [file for files in of_ranks for file in files], frozenset(weights))
 
 
-class _Planner(DefaultSavePlanner):
-    """DCP's planner, which divides replicated tensors among ranks, made exact for values that ranks disagree on."""
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        _check_same_tensors(all_plans)
-        return super().create_global_plan(_keep_lowest_rank(all_plans))
-
-
-@dataclass(frozen=True)
-class _Written(WriteResult):
-    """One written item; carries its hash and the entry of its file to the coordinator."""
-
-    file: FileEntry
-    hash: str
-    finite: bool
-
-
-class _ShardWriter(StorageWriter):
-    def __init__(self, folder: AnyPath, weights: frozenset[str]) -> None:
-        self.shards = Shards(files={}, weights_hash=None, nonfinite=())
-        self._folder, self._weights = folder, weights
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            written = _write_plan(self._folder, plan, planner, self._weights)
-        except Exception as error:
-            # one that does not survive the pickling between ranks would leave the others waiting
-            raise sendable(error) from error
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(written)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = [result for results_of_rank in results for result in results_of_rank]
-        _check_all_written(metadata, written)
-        metadata.version = _DCP_VERSION
-        metadata.storage_data = {result.index: result.storage_data for result in written}
-        files = {result.storage_data.relative_path: result.file for result in written}  # type: ignore[attr-defined]
-        with HashedFile(self._folder / METADATA_NAME) as file:
-            file.write(dump_metadata(metadata))
-        files[METADATA_NAME] = file.entry()
-        nonfinite = sorted({result.index.fqn for result in written if not result.finite})  # type: ignore[attr-defined]
-        self.shards = Shards(
-            files=files, weights_hash=_hash_of(written, self._weights), nonfinite=tuple(nonfinite[:_MOST_NAMES])
-        )
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's name
-        return True
-
-
-def _write_plan(folder: AnyPath, plan: SavePlan, planner: SavePlanner, weights: frozenset[str]) -> list[WriteResult]:
+def _write_plan(folder: AnyPath, plan: SavePlan, planner: SavePlanner, weights: frozenset[str]) -> list[WrittenFile]:
     """Writes this rank's items: to one local file, or to several remote ones at once."""
 
-    def write(part: int, items: Sequence[WriteItem]) -> list[WriteResult]:
-        return _write_part(folder / data_name(plan.storage_data, part), items, planner, weights)
+    of_rank = rank()  # asked here: the threads that upload have no group
+
+    def write(part: int, items: Sequence[WriteItem]) -> WrittenFile:
+        return _write_part(folder / data_name(of_rank, part), items, planner, weights)
 
     if isinstance(folder, Path):
-        return write(0, plan.items) if plan.items else []
+        return [write(0, plan.items)] if plan.items else []
     parts = _divide(plan.items)
     with ThreadPoolExecutor(_UPLOADS) as uploads:
-        results = list(uploads.map(write, range(len(parts)), parts))
-    return [result for of_part in results for result in of_part]
+        return list(uploads.map(write, range(len(parts)), parts))
 
 
 def _divide(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
@@ -157,101 +122,216 @@ def _bytes_of(item: WriteItem) -> int:
 
 def _write_part(
     path: AnyPath, items: Sequence[WriteItem], planner: SavePlanner, weights: frozenset[str]
-) -> list[WriteResult]:
-    with HashedFile(path) as file:
-        written = [_write_item(file, item, planner, weights) for item in _in_order(items)]
-    entry = file.entry()
-    return [
-        _Written(index, item[1], StorageInfo(path.name, item[0], item[1]), file=entry, hash=item[2], finite=finite)
-        for index, item, finite in written
-    ]
+) -> WrittenFile:
+    ordered = sorted(items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+    resolved = [(item, planner.resolve_data(item)) for item in ordered]
+    elsewhere: WriteItems | None = getattr(_of_thread, "write", None)
+    if elsewhere is not None and isinstance(path, Path):
+        return elsewhere(path, resolved, weights)
+    return write_items(path, resolved, weights)
 
 
-def _in_order(items: Iterable[WriteItem]) -> list[WriteItem]:
-    return sorted(items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+@contextlib.contextmanager
+def writing_with(write: WriteItems | None) -> Iterator[None]:
+    """Inside, this thread writes local files with ``write`` in place of :func:`write_items`, unless it is ``None``."""
+    _of_thread.write = write
+    try:
+        yield
+    finally:
+        _of_thread.write = None
 
 
-def _write_item(
-    file: HashedFile, item: WriteItem, planner: SavePlanner, weights: frozenset[str]
-) -> tuple[MetadataIndex, Item, bool]:
-    data = planner.resolve_data(item)
+def write_items(path: AnyPath, items: Sequence[tuple[WriteItem, Data]], weights: frozenset[str]) -> WrittenFile:
+    """Writes one file of tensors and packed values, hashed and durable."""
+    written = WrittenFile(name=path.name, indexes=[item.index for item, _ in items], items=[], nonfinite=[])
+    with ShardFile(path) as file:
+        for item, data in items:
+            stored, is_finite = _write_item(file, item, data, weights)
+            written.items.append(stored)
+            written.nonfinite.extend([] if is_finite else [item.index.fqn])
+    return written
+
+
+def _write_item(file: ShardFile, item: WriteItem, data: Data, weights: frozenset[str]) -> tuple[StoredItem, bool]:
     if isinstance(data, io.BytesIO):
-        file.write(data.getbuffer())
-        return item.index, file.end_item(), True
+        return file.write(b"", data.getbuffer(), b""), True
     if data.is_quantized:
         raise CheckpointSaveError(f"{item.index.fqn!r} is a quantized tensor, which no load accepts. Save its parts.")
-    tensor = _compact(data.detach().cpu())
-    torch_save(tensor, file)
-    return item.index, file.end_item(), item.index.fqn not in weights or _is_finite(tensor)
+    tensor = contiguous(data)
+    frame = frame_of(tensor)
+    finite = _Finite(tensor) if item.index.fqn in weights else None
+    stored = file.write(frame.head, memory_of(tensor), frame.tail, look=finite)
+    return stored, finite is None or finite.confirmed()
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return True
+class ShardFile:
+    """A new file of items, each hashed in parts as it is written; durable once closed.
+
+    Raises:
+        FileExistsError: There is a local file of that name.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self._file = new_file(path)
+        self._position = 0
+
+    def write(self, head: bytes, data: memoryview, tail: bytes, *, look: _Finite | None = None) -> StoredItem:
+        """Writes one item; ``look`` is shown each block of it while that is in the processor's cache."""
+        digests = [self._put(head)]
+        for _, start, stop in blocks_of(len(data)):
+            digests.append(self._put(data[start:stop]))
+            if look is not None:
+                look(start, stop)
+        digests.append(self._put(tail))
+        length = len(head) + len(data) + len(tail)
+        item = StoredItem(
+            offset=self._position, length=length, head=len(head), data=len(data), digests=b"".join(digests)
+        )
+        self._position += length
+        return item
+
+    def _put(self, data: bytes | memoryview) -> bytes:
+        digest = xxhash.xxh3_128_digest(data)
+        if len(data):
+            self._file.write(data)
+        return digest
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._file.close()
+        else:
+            self._file.discard()
+
+
+class _Finite:
+    """Looks whether all values of a tensor are finite, a block at a time."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._flat = tensor.reshape(-1)
+        self._wanted = tensor.is_floating_point() or tensor.is_complex()
+        self._seen = True
+
+    def __call__(self, start: int, stop: int) -> None:
+        if self._wanted and self._seen:
+            size = self._flat.itemsize
+            self._seen = _is_finite(self._flat[start // size : stop // size])
+
+    def confirmed(self) -> bool:
+        return self._seen
+
+
+def _is_finite(values: torch.Tensor) -> bool:
     # one value that is not finite makes the sum so; the sum is one pass without a copy, but may overflow by itself
-    if tensor.itemsize == 1:  # float8, for which torch has neither
-        tensor = tensor.float()
-    wide = torch.complex128 if tensor.is_complex() else torch.float32
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+    if values.itemsize == 1:  # float8, for which torch has neither
+        values = values.float()
+    wide = torch.complex128 if values.is_complex() else torch.float32
+    return bool(values.sum(dtype=wide).isfinite()) or bool(values.isfinite().all())
 
 
-def _hash_of(written: Iterable[WriteResult], weights: frozenset[str]) -> str | None:
-    """Hashes the hashes of the weights, so in time that does not depend on their size."""
-    told = sorted(
-        (result.index.fqn, tuple(result.index.offset or ()), result.hash)  # type: ignore[attr-defined]
-        for result in written
-        if result.index.fqn in weights
-    )
-    return xxhash.xxh3_128_hexdigest(repr(told).encode()) if told else None
+class Written:
+    """All that was written, on rank 0, which says where everything is."""
+
+    def __init__(self, planned: Planned, files: Sequence[WrittenFile], weights: frozenset[str]) -> None:
+        assert planned.metadata is not None
+        self._metadata, self._weights = planned.metadata, weights
+        self._files = files
+        # not by MetadataIndex, of which there are a million at 1024 ranks: it compares in Python
+        self._places: dict[_Place, tuple[int, StoredItem]] = {
+            (index.fqn, index.offset): (number, item)
+            for number, file in enumerate(files)
+            for index, item in zip(file.indexes, file.items, strict=True)
+        }
+
+    def describe(self, folder: AnyPath) -> Shards:
+        """Writes ``.metadata`` and the index.
+
+        Raises:
+            CheckpointSaveError: Something that was planned is not among what was written.
+            OSError: They could not be written.
+        """
+        self._check_all_written()
+        entries = {file.name: file.entry for file in self._files}
+        with _without_collecting():
+            metadata, index = self._stock_metadata(), self._index()
+        entries[METADATA_NAME] = _write_whole(folder / METADATA_NAME, metadata)
+        entries[INDEX_NAME] = _write_pages(folder / INDEX_NAME, index)
+        nonfinite = sorted({name for file in self._files for name in file.nonfinite})
+        return Shards(files=entries, weights_hash=self._weights_hash(), nonfinite=tuple(nonfinite[:_MOST_NAMES]))
+
+    def _check_all_written(self) -> None:
+        planned = [place for key in self._metadata.state_dict_metadata for place, _ in self._parts(key)]
+        missing = [fqn for fqn, offset in planned if (fqn, offset) not in self._places]
+        if missing:
+            names = ", ".join(sorted(set(missing))[:5])
+            raise CheckpointSaveError(f"{len(missing)} of {len(planned)} planned items were not written: {names}")
+
+    def _stock_metadata(self) -> bytes:
+        stored = {
+            index: StorageInfo(file.name, item.offset, item.length)
+            for file in self._files
+            for index, item in zip(file.indexes, file.items, strict=True)
+        }
+        return dump_metadata(replace(self._metadata, storage_data=stored, version=_DCP_VERSION))
+
+    def _index(self) -> bytes:
+        entries: dict[str, Entry] = {}
+        leaves: dict[str, Placed] = {}
+        for key, stored in self._metadata.state_dict_metadata.items():
+            path = (self._metadata.planner_data or {}).get(key, (key,))
+            placed = [self._placed(place, box) for place, box in self._parts(key)]
+            if key.startswith(LEAF_PREFIX) and path == (key,):  # a user's {"resume": {...}} has a path of two
+                leaves[key] = placed[0]._replace(box=((), ()))
+                continue
+            dtype = stored.properties.dtype if isinstance(stored, TensorStorageMetadata) else None
+            shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else ()
+            entries[key] = Entry(path=path, dtype=dtype, shape=shape, items=placed)
+        return build_index([file.name for file in self._files], entries, leaves)
+
+    def _placed(self, place: _Place, box: Box) -> Placed:
+        number, item = self._places[place]
+        return Placed(file=number, item=item, box=box)
+
+    def _parts(self, key: str) -> Iterable[tuple[_Place, Box]]:
+        """Which items ``key`` consists of, and which part of the tensor each is."""
+        stored = self._metadata.state_dict_metadata[key]
+        if not isinstance(stored, TensorStorageMetadata):
+            return [((key, None), ((), ()))]
+        return [((key, chunk.offsets), (chunk.offsets, chunk.sizes)) for chunk in stored.chunks]
+
+    def _weights_hash(self) -> str | None:
+        """Hashes the hashes of the weights, so in time that does not depend on their size."""
+        told = sorted(
+            (fqn, tuple(offset or ()), item.hash)
+            for (fqn, offset), (_, item) in self._places.items()
+            if fqn in self._weights
+        )
+        return xxhash.xxh3_128_hexdigest(repr(told).encode()) if told else None
 
 
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    # a view is saved with the whole storage under it
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Python's collector would look at the same million objects over and over; none of them is in a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def _check_same_tensors(plans: list[SavePlan]) -> None:
-    first: dict[MetadataIndex, tuple[int, WriteItem]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            rank_0, item_0 = first.setdefault(item.index, (rank, item))
-            if _kind(item) != _kind(item_0):
-                raise ValueError(
-                    f"{item.index.fqn!r} is {_kind(item_0)} on rank {rank_0} and {_kind(item)} on rank {rank}; "
-                    "what several ranks hold under one key must be equal. Give each rank a key of its own."
-                )
+def _write_whole(path: AnyPath, data: bytes) -> FileEntry:
+    with HashedFile(path) as file:
+        file.write(data)
+    return file.entry()
 
 
-def _kind(item: WriteItem) -> str:
-    if item.tensor_data is None:
-        return "a plain value"
-    return f"a {item.tensor_data.properties.dtype} tensor of shape {tuple(item.tensor_data.size)}"
-
-
-def _keep_lowest_rank(plans: list[SavePlan]) -> list[SavePlan]:
-    """Leaves each plain value to the lowest rank that has it; DCP would take any rank's, of one dict even several."""
-    owner: dict[str, int] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            owner.setdefault(item.index.fqn, rank)
-    return [replace(plan, items=[i for i in plan.items if _is_kept(i, rank, owner)]) for rank, plan in enumerate(plans)]
-
-
-def _is_kept(item: WriteItem, rank: int, owner: Mapping[str, int]) -> bool:
-    return item.type != WriteItemType.BYTE_IO or owner[item.index.fqn] == rank
-
-
-def _check_all_written(metadata: Metadata, written: Iterable[WriteResult]) -> None:
-    # the writer threads of DCP were seen to lose failures, so what counts is what was really written
-    planned = {index for key in metadata.state_dict_metadata for index in _indices(metadata, key)}
-    missing = planned - {result.index for result in written}
-    if missing:
-        names = ", ".join(sorted({index.fqn for index in missing})[:5])
-        raise CheckpointSaveError(f"{len(missing)} of {len(planned)} planned items were not written: {names}")
-
-
-def _indices(metadata: Metadata, key: str) -> list[MetadataIndex]:
-    stored = metadata.state_dict_metadata[key]
-    if not isinstance(stored, TensorStorageMetadata):
-        return [MetadataIndex(key)]
-    return [MetadataIndex(key, chunk.offsets) for chunk in stored.chunks]
+def _write_pages(path: AnyPath, data: bytes) -> FileEntry:
+    with HashedFile(path) as file:
+        for start in range(0, len(data), PAGE_BYTES):
+            file.write(data[start : start + PAGE_BYTES])
+            file.end_item()
+    return file.entry()

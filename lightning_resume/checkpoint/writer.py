@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -25,7 +25,7 @@ from lightning_resume.checkpoint.layout import beside
 from lightning_resume.checkpoint.manifest import ComponentEntry, Manifest, checked_json
 from lightning_resume.checkpoint.names import LEAF_PREFIX, META_NAME
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path
-from lightning_resume.checkpoint.shards import CheckpointException, Shards, write_shards
+from lightning_resume.checkpoint.shards import Written, write_shards
 from lightning_resume.errors import CheckpointSaveError, MissingPackageError, NonFiniteWarning, StaleCheckpointWarning
 
 _PACKAGES = {
@@ -34,6 +34,10 @@ _PACKAGES = {
     "lightning": ("lightning", "pytorch-lightning", "lightning-fabric"),
     "numpy": ("numpy",),
 }
+
+
+class Packed(bytes):
+    """What ``torch.save`` made of an object."""
 
 
 def write_checkpoint(
@@ -49,6 +53,7 @@ def write_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     weights: Collection[str] = (),
+    before_commit: Callable[[], None] | None = None,
 ) -> Manifest:
     """Saves one checkpoint; when this returns on any rank, it is whole and durable at ``path``.
 
@@ -60,7 +65,7 @@ def write_checkpoint(
         state: Nested dict of tensors, DTensors, ShardedTensors and plain values, stored as ``dcp.save`` would.
         leaves: Opaque bytes of this rank by key; every key begins with ``resume.`` and belongs to one rank, or to
             several ranks that give the same bytes.
-        meta: The object of ``meta.pt``; None is stored as an empty dict.
+        meta: The object of ``meta.pt``, or that packed already; None is stored as an empty dict.
         components: What the manifest says of each component.
         step: Optimizer steps so far.
         epoch: Epochs so far.
@@ -69,6 +74,7 @@ def write_checkpoint(
         metrics: What the checkpoint may be chosen by.
         weights: The flat keys of the tensors that training changes, which are looked at for values that are not
             finite, and for having changed since the last save beside it.
+        before_commit: Called once all is written; the save fails where it raises. On all ranks or none.
 
     Raises:
         CheckpointSaveError: Something failed on at least one rank. Raised on every rank; what was at ``path`` is
@@ -92,22 +98,28 @@ def write_checkpoint(
     target: AnyPath | None = None
     try:
         target = broadcast_object(agree("checking the path", partial(as_path, path)))
-        return _save(target, _gather_state(state, leaves), meta, draft, weights)
-    except (Exception, CheckpointException) as error:
-        if isinstance(error, CheckpointSaveError | MissingPackageError):
-            raise
-        cause = _cause(error)
-        if not isinstance(cause, Exception):
-            raise cause from None  # DCP wraps even a KeyboardInterrupt
-        raise _explain(error, target or path) from cause
+        return _save(target, _gather_state(state, leaves), meta, draft, weights, before_commit)
+    except (CheckpointSaveError, MissingPackageError):
+        raise
+    except Exception as error:
+        raise _explain(error, target or path) from error
 
 
-def _save(target: AnyPath, state: dict[str, Any], meta: object, draft: Manifest, weights: Collection[str]) -> Manifest:
+def _save(
+    target: AnyPath,
+    state: dict[str, Any],
+    meta: object,
+    draft: Manifest,
+    weights: Collection[str],
+    before_commit: Callable[[], None] | None,
+) -> Manifest:
     started = time.perf_counter()
     commit = on_rank_zero("making the folder", partial(_begin, target, draft))
     try:
-        shards = write_shards(commit.folder, state, weights=weights)
-        return on_rank_zero("the commit", partial(_finish, target, commit, shards, meta, draft, started))
+        written = write_shards(commit.folder, state, weights=weights)
+        if before_commit is not None:
+            agree("looking at what was copied", before_commit)
+        return on_rank_zero("the commit", partial(_finish, target, commit, written, meta, draft, started))
     except BaseException:
         if rank() == 0:
             commit.abandon()
@@ -120,9 +132,16 @@ def _begin(target: AnyPath, draft: Manifest) -> Commit:
     return begin(target)
 
 
-def _finish(target: AnyPath, commit: Commit, shards: Shards, meta: object, draft: Manifest, started: float) -> Manifest:
+def _finish(
+    target: AnyPath, commit: Commit, written: Written | None, meta: object, draft: Manifest, started: float
+) -> Manifest:
+    assert written is not None  # on rank 0
+    shards = written.describe(commit.folder)
     with HashedFile(commit.folder / META_NAME) as file:
-        torch_save({} if meta is None else meta, file)
+        if isinstance(meta, Packed):
+            file.write(meta)
+        else:
+            torch_save({} if meta is None else meta, file)
     files = {**shards.files, META_NAME: file.entry()}
     seconds = time.perf_counter() - started
     last = max((found.manifest for found in beside(target) if found.manifest), key=lambda m: m.sequence, default=None)
@@ -218,24 +237,11 @@ def _version_of(packages: Sequence[str]) -> str | None:
     return None
 
 
-def _failures(error: BaseException) -> dict[int, BaseException]:
-    """Returns the error of each rank that failed, as far as this rank knows them."""
-    if isinstance(error, CheckpointException):
-        return {r: wrapped[0] for r, wrapped in error.failures.items()}
-    return {rank(): error}
-
-
-def _cause(error: BaseException) -> BaseException:
-    failures = _failures(error)
-    return failures.get(rank(), next(iter(failures.values())))
-
-
-def _explain(error: BaseException, target: object) -> CheckpointSaveError:
-    failures = _failures(error)
-    told = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, e in failures.items())
+def _explain(error: Exception, target: object) -> CheckpointSaveError:
+    told = error.__cause__ if isinstance(error.__cause__, RemoteError) else error
+    text = str(told) if isinstance(told, RemoteError) else f"rank {rank()}: {type(error).__name__}: {error}"
     return CheckpointSaveError(
-        f"Saving the checkpoint {target} failed: {error if isinstance(error, RemoteError) else told}. "
-        f"{_advice([e for e in failures.values() if isinstance(e, OSError)])} "
+        f"Saving the checkpoint {target} failed: {text}. {_advice([error] if isinstance(error, OSError) else [])} "
         "A checkpoint that was there before is untouched."
     )
 
