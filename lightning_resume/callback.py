@@ -58,9 +58,9 @@ class ResumeCallback(Checkpoint):
             step, the next save and the end of ``fit``, which waits for what is in flight, as an exception does.
         when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is due while one is being written. That of the
             last step is never skipped.
-        staging: ``"deferred"``: the copy of what only optimizers change is made beside the next forward and backward,
-            and the optimizer's step waits for it. ``"now"``: all is copied before training goes on; for runs that
-            change parameters otherwise, which else fails the save.
+        staging: ``"now"``: all is copied before training goes on. ``"deferred"``: what only optimizers change is copied
+            beside the next forward and backward, and the optimizer's step waits for it; for runs that change
+            parameters in no other way, which else fails the save.
         strict: Whether a run is refused whose loader cannot go on exactly, say at another number of workers.
             ``False`` lets it go on as well as it can, with a warning that says what may repeat or be lost.
         trust: Let checkpoints hold objects of any class. Loading such an object can run code: only for checkpoints
@@ -86,7 +86,7 @@ class ResumeCallback(Checkpoint):
         on_save_error: str = "raise",
         async_save: Literal["thread", "process"] | bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
-        staging: Literal["now", "deferred"] = "deferred",
+        staging: Literal["now", "deferred"] = "now",
         strict: bool = True,
         trust: bool = False,
         storage_options: Mapping[str, Any] | None = None,

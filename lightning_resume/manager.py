@@ -137,9 +137,9 @@ class CheckpointManager:
             thread, or a process for each rank, writes while training goes on. What failed is raised at the next step
             of an optimizer in ``state``, the next :meth:`save`, :meth:`load`, :meth:`wait` or :meth:`close`.
         when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is asked for while one is being written.
-        staging: ``"deferred"``: the copy of what only optimizers change is made beside the forward and backward that
-            follow, and the optimizer's step waits for it. ``"now"``: all is copied before :meth:`save` returns; for
-            runs that change parameters otherwise, which else fails the save.
+        staging: ``"now"``: all is copied before :meth:`save` returns. ``"deferred"``: what only optimizers change is
+            copied beside the forward and backward that follow, and the optimizer's step waits for it; for runs that
+            change parameters in no other way, which else fails the save.
         storage_options: Arguments of the fsspec filesystem, beyond fsspec's own configuration.
 
     Raises:
@@ -160,7 +160,7 @@ class CheckpointManager:
         on_save_error: str = "raise",
         async_save: Literal["thread", "process"] | bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
-        staging: Literal["now", "deferred"] = "deferred",
+        staging: Literal["now", "deferred"] = "now",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if fabric is not None and not hasattr(fabric.strategy, "using"):

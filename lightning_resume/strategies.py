@@ -67,9 +67,9 @@ class ResumeMixin:
             the optimizer's next step, the next save, load or :meth:`wait`. Call :meth:`wait` before the process group
             is destroyed, and before another process reads the checkpoint.
         when_busy: ``"wait"``, or ``"skip"`` with a warning, a save that is asked for while one is being written.
-        staging: ``"deferred"``: the copy of what only optimizers change is made beside the forward and backward that
-            follow, and the optimizer's step waits for it. ``"now"``: all is copied before ``fabric.save`` returns; for
-            runs that change parameters otherwise, which else fails the save.
+        staging: ``"now"``: all is copied before ``fabric.save`` returns. ``"deferred"``: what only optimizers change is
+            copied beside the forward and backward that follow, and the optimizer's step waits for it; for runs that
+            change parameters in no other way, which else fails the save.
 
     Raises:
         ValueError: One of the words is another one, or ``async_save`` is asked for where one file is saved.
@@ -87,7 +87,7 @@ class ResumeMixin:
         validate: str | None = None,
         async_save: Literal["thread", "process"] | bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
-        staging: Literal["now", "deferred"] = "deferred",
+        staging: Literal["now", "deferred"] = "now",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -213,9 +213,9 @@ def end_processes() -> None:
 def fabric_strategy(name: str, world_size: int, *, async_save: Any = False) -> Any:
     if name == "mp":
         sizes = {"data_parallel_size": world_size, "tensor_parallel_size": 1}
-        return ResumableModelParallelStrategy(shard, **sizes, async_save=async_save)
+        return ResumableModelParallelStrategy(shard, **sizes, async_save=async_save, staging="deferred")
     ready = {"single": ResumableSingleDeviceStrategy, "ddp": ResumableDDPStrategy, "fsdp": ResumableFSDPStrategy}
-    return ready[name](async_save=async_save)
+    return ready[name](async_save=async_save, staging="deferred")
 
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
@@ -366,6 +366,7 @@ def run_trainer(*, folder: Path, settings: Settings) -> None:
                 every_n_train_steps=1,
                 max_attempts=None,
                 async_save=settings.async_save,  # type: ignore[arg-type]
+                staging="deferred",
             )
         ],
         val_check_interval=2,

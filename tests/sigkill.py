@@ -197,7 +197,9 @@ def run_steps(root: str, saves: int, tell: Callable[[str], None], *, async_save:
     net = nn.Linear(100, NUMBERS // 100)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
     state: dict[str, Any] = {"net": net, "optimizer": optimizer, "number": 0, "own": 0}
-    with CheckpointManager(root, keep=KeepLast(2), max_attempts=None, async_save=async_save) as manager:
+    with CheckpointManager(
+        root, keep=KeepLast(2), max_attempts=None, async_save=async_save, staging="deferred"
+    ) as manager:
         first = manager.load(state) or 0
         values = {int(value) for value in net.weight.unique()} if first else {0}
         assert {state["number"], state["own"], *values} == {first}, "what was loaded is a mix"

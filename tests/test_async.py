@@ -161,7 +161,7 @@ def step(state: dict[str, Any]) -> None:
 
 def test_forward_and_backward_in_a_closure_do_not_wait_for_the_copy(tmp_path: Path) -> None:
     state, seen = trained(), []
-    with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
         manager.save(state, step=1)
         state["net"].register_forward_hook(lambda *_: seen.append(time.monotonic()))
         step(state)
@@ -172,7 +172,7 @@ def test_forward_and_backward_in_a_closure_do_not_wait_for_the_copy(tmp_path: Pa
 def test_no_optimizer_steps_while_its_parameters_are_copied(optimizer: Any, tmp_path: Path) -> None:
     state = trained(optimizer)
     saved = state["net"].weight.detach().clone()
-    with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
         manager.save(state, step=1)
         step(state)
     assert not torch.equal(state["net"].weight, saved)
@@ -182,7 +182,7 @@ def test_no_optimizer_steps_while_its_parameters_are_copied(optimizer: Any, tmp_
 @pytest.mark.parametrize("change", [lambda p: p.detach().clamp_(-0.1, 0.1), lambda p: p.data.copy_(torch.rand(4, 4))])
 def test_a_parameter_that_changes_outside_of_the_step_fails_the_save_and_is_named(change: Any, tmp_path: Path) -> None:
     state = trained()
-    with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
         manager.save(state, step=1)
         change(state["net"].weight)
         with pytest.raises(CheckpointSaveError, match=r"net\.weight changed .* staging='now'"):
@@ -196,7 +196,7 @@ def test_a_parameter_that_changes_outside_of_the_step_fails_the_save_and_is_name
 def test_parameters_of_no_optimizer_are_copied_at_once(tmp_path: Path) -> None:
     state = trained() | {"other": nn.Linear(3, 3)}
     saved = state["other"].weight.detach().clone()
-    with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
         manager.save(state, step=1)
         nn.init.zeros_(state["other"].weight)
     assert_alike(content(tmp_path / "step-00000001")["other"]["weight"], saved, "weight")
@@ -211,14 +211,14 @@ def test_tensors_of_every_layout_are_copied(tmp_path: Path) -> None:
     net.register_buffer("transposed", torch.rand(2, 3).T)
     state = {"net": net, "optimizer": torch.optim.SGD(net.parameters())}
     expected = {name: value.clone() for name, value in net.state_dict().items()}
-    with CheckpointManager(tmp_path, async_save="process") as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save="process", staging="deferred") as manager, slow_copies():
         manager.save(state, step=1)
     assert_alike(content(tmp_path / "step-00000001")["net"], expected, "net")
 
 
 def test_what_is_no_tensor_is_saved_as_it_was(tmp_path: Path) -> None:
     state, mine = trained(), {"list": [1, 2], "tensor": torch.zeros(3)}
-    with CheckpointManager(tmp_path, async_save=True) as manager, slow_copies():
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
         manager.save(state, step=1, user_content=mine)
         mine["list"].append(3)
         mine["tensor"].fill_(1)
