@@ -31,6 +31,17 @@ SUITES = {
     "`IterableDataset` with a state": "test_conformance_loaders:TestStatefulIterableDataset",
     "`StatefulDataLoader`, map-style": "test_conformance_loaders:TestTorchdata",
     "`StatefulDataLoader`, iterable with a state": "test_conformance_loaders:TestTorchdataStatefulIterable",
+    "`Mixture`": "test_conformance_mixture:TestMixture",
+    "`WeightedSampler`": "test_conformance_mixture:TestWeightedSampler",
+    "the same without replacement": "test_conformance_mixture:TestWithoutReplacement",
+    "Hugging Face `Dataset` with a transform": "test_adapter_huggingface:TestTable",
+    "Hugging Face `IterableDataset`": "test_adapter_huggingface:TestStream",
+    "the same, shuffled": "test_adapter_huggingface:TestShuffledStream",
+    "MosaicML `StreamingDataset`, 3 ranks, 2 canonical nodes": "test_adapter_mosaic:TestMosaic",
+    "LitData `StreamingDataset`": "test_adapter_litdata:TestLitData",
+    "the same in a `DataLoader` of torch's": "test_adapter_litdata:TestLitDataInPlainDataLoader",
+    "Megatron-Energon": "test_adapter_energon:TestEnergon",
+    "the same with `repeat=True`": "test_adapter_energon:TestEnergonThatRepeats",
 }
 
 HEAD = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class LoaderRuns:
 
     length: int | None
     unique = True
+    evens_out = False
+    """Whether it repeats samples in every epoch so that the ranks' parts are equal."""
     epochs = 3
     endless_steps = 10
     """How far a stream without end is followed."""
@@ -32,6 +34,8 @@ class LoaderRuns:
     workers: Sequence[int] = (0, 2)
     world_sizes: Sequence[int] = (1, 2, 3)
     batch_sizes: Sequence[int] = (4, 3, 7)
+    called: Mapping[str, str] = {}
+    """What an error calls the ``world_size``, ``num_workers`` or ``batch_size`` that is not the saved one."""
 
     # -- what a subclass gives
 

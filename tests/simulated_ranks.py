@@ -12,6 +12,7 @@ import torch
 
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.scenarios import merged
+from tests.replay import end
 
 NOTHING = object()
 
@@ -52,6 +53,10 @@ class Ranks:
         self.loaders = loaders
         self.taken = self.ended = 0
         self._open: list[Any] = []
+
+    def __del__(self) -> None:
+        for loader in self.loaders:
+            end(loader)
 
     def load(self, point: Point) -> None:
         """Goes on from ``point``, on every rank."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 from torch.utils.data import DataLoader
 
 from lightning_resume import CheckpointMismatchError, make_resumable
-from lightning_resume.data.capabilities import Randomness
 from lightning_resume.errors import UnsafeResumeWarning
+from tests.conformance import LoaderConformance
 from tests.loader_packages import package
 from tests.replay import (
     assert_replays_from_every_batch,
@@ -57,10 +58,9 @@ def one(folder: Path, name: str = "one", **options: Any) -> Any:
     return litdata.StreamingDataset(str(folder / name), **{"shuffle": True, "seed": 3, "transform": noisy, **options})
 
 
-def combined(folder: Path, **options: Any) -> Any:
-    return litdata.CombinedStreamingDataset(
-        [one(folder), one(folder, "two")], seed=3, **{"iterate_over_all": True, **options}
-    )
+def combined(folder: Path, *, seed: int = 3, **options: Any) -> Any:
+    parts = [one(folder, seed=seed), one(folder, "two", seed=seed)]
+    return litdata.CombinedStreamingDataset(parts, seed=seed, **{"iterate_over_all": True, **options})
 
 
 def make(
@@ -72,29 +72,58 @@ def make(
     folder: Path,
     data: Any = one,
     loader: Any = None,
+    prefetch_factor: int | None = None,
     **options: Any,
 ) -> Any:
     """One rank's loader, which is told what a process group would tell it."""
     of_rank = env._DistributedEnv(world_size=world_size, global_rank=rank, num_nodes=1)
     with mock.patch.object(env._DistributedEnv, "detect", return_value=of_rank):
         dataset = data(folder, **options)
-    return (loader or litdata.StreamingDataLoader)(dataset, batch_size=batch_size, num_workers=num_workers)
+    loader = loader or litdata.StreamingDataLoader
+    return loader(dataset, batch_size=batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor)
 
 
 def indices(batches: Any) -> list[int]:
     return [i for batch in batches for i in plain(batch[0])]
 
 
-def first(batch: Any) -> Any:
-    """What comes back where the loader's own workers draw as they like: the samples."""
-    return plain(batch[0])
+class TestLitData(LoaderConformance):
+    length = 14
+    workers: Sequence[int] = (0,)  # see below
+    options: ClassVar[dict[str, Any]] = {}
+
+    def prepare(self, folder: Path) -> None:
+        write(folder / "one", length=self.length)
+
+    def make(self, *, rank: int = 0, world_size: int = 1, seed: int = 3, **options: Any) -> Any:
+        loader = make(rank, world_size, seed=seed, **options, **self.options)
+        return make_resumable(loader, rank=rank, world_size=world_size, seed=seed)
+
+    def ids(self, batch: Any) -> list[int]:
+        return plain(batch[0])  # type: ignore[no-any-return]
+
+    def noise(self, batch: Any) -> list[float] | None:
+        return plain(batch[1])  # type: ignore[no-any-return]
+
+
+class TestLitDataInWorkers(TestLitData):
+    workers = (0, 2)
+
+    def noise(self, batch: Any) -> None:
+        """Its workers draw as they like (`Randomness.OWN`)."""
+
+    def content(self, batch: Any) -> Any:
+        return self.ids(batch)
+
+
+class TestLitDataInPlainDataLoader(TestLitData):
+    workers = (0, 2)
+    options: ClassVar[dict[str, Any]] = {"loader": DataLoader}
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "shuffled": {},
     "in order": {"shuffle": False},
     "drop last": {"drop_last": True},
-    "plain DataLoader": {"loader": DataLoader},
     "combined": {"data": combined},
     "combined by weights": {"data": combined, "iterate_over_all": False, "weights": [0.3, 0.7]},
 }
@@ -106,13 +135,14 @@ def test_it_resumes_exactly_from_every_batch_and_in_a_chain(name: str, folder: P
     assert_replays_in_a_chain(made, assert_replays_from_every_batch(made))
 
 
-@pytest.mark.parametrize("name", ["shuffled", "plain DataLoader", "combined"])
-def test_it_resumes_exactly_in_workers(name: str, folder: Path) -> None:
-    made = lambda: make(num_workers=2, batch_size=7, folder=folder, **KINDS[name])  # noqa: E731
-    own = make_resumable(made()).capabilities.randomness is Randomness.OWN
-    show = first if own else plain
-    assert own == (name != "plain DataLoader")
-    assert_replays_in_a_chain(made, assert_replays_from_every_batch(made, show=show), show=show)
+def test_combined_datasets_resume_exactly_in_workers(folder: Path) -> None:
+    made = lambda: make(num_workers=2, batch_size=7, folder=folder, data=combined)  # noqa: E731
+    assert_replays_in_a_chain(made, assert_replays_from_every_batch(made, show=samples), show=samples)
+
+
+def samples(batch: Any) -> Any:
+    """What comes back where the loader's own workers draw as they like."""
+    return plain(batch[0])
 
 
 def test_every_rank_resumes_exactly_and_all_together_see_every_sample(folder: Path) -> None:
@@ -176,13 +206,14 @@ REFUSED: dict[str, dict[str, int]] = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-@pytest.mark.parametrize("name", ["shuffled", "combined"])
+@pytest.mark.parametrize("name", ["alone", "combined"])
 def test_another_topology_is_refused_and_with_strict_false_goes_on(name: str, field: str, folder: Path) -> None:
-    loader = resumable(lambda: make(folder=folder, **KINDS[name]))
+    data = combined if name == "combined" else one
+    loader = resumable(lambda: make(folder=folder, data=data))
     seen = indices(itertools.islice(loader, 3))
     state = stored(loader.state_dict())
     for rank in range(REFUSED[field].get("world_size", 1)):
-        other = make_resumable(make(rank, folder=folder, **REFUSED[field], **KINDS[name]))
+        other = make_resumable(make(rank, folder=folder, data=data, **REFUSED[field]))
         with pytest.raises(CheckpointMismatchError, match=rf"{field} differs(.|\n)*strict=False"):
             other.load_state_dict(state)
         with warnings.catch_warnings(record=True) as caught:

@@ -18,7 +18,6 @@ from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.errors import UnsafeResumeWarning
 from tests.replay import (
     assert_replays_from_every_batch,
-    assert_replays_in_a_chain,
     lost_and_repeated,
     plain,
     resumable,
@@ -91,14 +90,6 @@ def make(
         options = {"shuffle": True, **options}
     dataset = DATASETS[data](rank, world_size)
     return StatefulDataLoader(dataset, batch_size, num_workers=num_workers, **options)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("data", DATASETS)
-def test_it_resumes_exactly_from_every_batch_and_in_a_chain(data: str, num_workers: int) -> None:
-    made = lambda: make(num_workers=num_workers, data=data)  # noqa: E731
-    batches = assert_replays_from_every_batch(made)
-    assert_replays_in_a_chain(made, batches)
 
 
 @pytest.mark.parametrize("data", ["iterable, stateful", "map, stateful"])

@@ -175,7 +175,7 @@ class TestTorchdata(NoisyConformance):
         return StatefulDataLoader(Noisy(), shuffle=True, **options)
 
 
-class TestTorchdataStatefulMap(InProcess):
+class TestTorchdataStatefulMap(NoisyConformance):
     def user_loader(self, **options: Any) -> Iterable[Any]:
         return StatefulDataLoader(CountsItsSamples(), shuffle=True, **options)
 
@@ -185,7 +185,7 @@ class TestTorchdataIterable(InProcess):
         return StatefulDataLoader(Plain(), **options)
 
 
-class TestTorchdataStatefulIterable(InProcess):
+class TestTorchdataStatefulIterable(NoisyConformance):
     def user_loader(self, **options: Any) -> Iterable[Any]:
         return StatefulDataLoader(Stateful(), **options)
 

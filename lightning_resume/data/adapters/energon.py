@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
@@ -186,12 +187,21 @@ class SavableDataLoaderAdapter(LoaderAdapter):
         loader = self.loader
         self._open = None
         if not loader.num_workers:
+            loader.dataset.reset_state_deep()  # by itself 7.4 refuses to fill a shuffle buffer that has samples
             loader.restore_state_rank(rebuilt(self._initial))
             return
         shut_down(loader)
+        for queues in (loader.cmd_queues, loader.result_queues):
+            queues[:] = [_in_place_of(queue) for queue in queues]
         loader._epoch_iterator, loader._has_workers, loader._next_worker_id = None, False, 0
         loader._worker_sample_counters = [-1] * loader.num_workers
         loader.dataset.restore_checkpoint(None, worker_offset=0)
+
+
+def _in_place_of(queue: Any) -> Any:
+    """A new queue: a worker of 7.4 that ends while it waits for the next command takes the old one's lock with it."""
+    queue.close()
+    return multiprocessing.Queue()
 
 
 _OF_THE_RUN = ("worker_config", "slice_offsets", "len", "_path", "num_workers", "prefetch_factor", "persistent_workers")
