@@ -71,7 +71,7 @@ def test_a_request_that_fails_once_is_tried_again_by_the_client(
 
 
 @over_http
-@pytest.mark.parametrize("what", ["distcp", ".metadata", "meta.pt", "manifest.json", ""])
+@pytest.mark.parametrize("what", ["distcp", ".metadata", ".index", "meta.pt", "manifest.json", ""])
 def test_a_store_that_refuses_a_part_fails_the_save_and_keeps_the_old_one(
     proxy: tuple[FaultyProxy, str], what: str
 ) -> None:

@@ -231,7 +231,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".index", "meta.pt", "manifest.json"])
 def test_a_disk_that_only_says_it_is_flushed_costs_a_checkpoint_and_no_more(
     tmp_path: Path, name: str, kept: float
 ) -> None:
@@ -269,7 +269,7 @@ def is_of(name: str) -> Callable[[str], bool]:
 
 @pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.TIMEOUT, Fault.BROKEN, Fault.DENIED, Fault.THROTTLED])
 @pytest.mark.parametrize("kind", ["read", "info"])
-@pytest.mark.parametrize("name", ["manifest.json", ".distcp", ".metadata", "meta.pt"])
+@pytest.mark.parametrize("name", ["manifest.json", ".distcp", ".index", "meta.pt"])
 def test_a_store_that_does_not_answer_is_no_damage_and_sends_no_run_back(
     run: str, name: str, kind: str, fault: Fault
 ) -> None:
@@ -291,7 +291,7 @@ def test_a_listing_that_fails_starts_no_fresh_run(run: str, fault: Fault) -> Non
         CheckpointManager(run).load({"n": 0})
 
 
-@pytest.mark.parametrize("name", ["manifest.json", ".distcp", ".metadata", "meta.pt"])
+@pytest.mark.parametrize("name", ["manifest.json", ".distcp", ".index", "meta.pt"])
 def test_a_read_that_is_cut_short_is_damage_and_sends_a_run_back(run: str, name: str) -> None:
     state, cut = {"n": 0}, Plan(kind="read", fault=Fault.CUT, times=1000, wanted=is_of(name))
     with failing(cut), pytest.warns(FallBackWarning, match="step-00000002"):

@@ -68,8 +68,8 @@ def names(url: str) -> list[str]:
 def test_a_checkpoint_comes_back_and_verifies(url: str) -> None:
     save(f"{url}/c", 1)
     assert value_at(f"{url}/c") == 1
-    assert names(f"{url}/c") == [".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
-    assert verify(f"{url}/c", progress=False).files == 4
+    assert names(f"{url}/c") == [".index", ".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
+    assert verify(f"{url}/c", progress=False).files == 5
     assert classify(f"{url}/c") is Kind.RESUMABLE
 
 
@@ -90,7 +90,7 @@ def test_a_large_checkpoint_is_sent_in_parts_and_read_in_ranges(url: str, monkey
     write_checkpoint(f"{url}/c", state=state, leaves={}, meta=None)
     loaded = CheckpointReader(f"{url}/c").read()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
-    assert sorted(read_manifest(f"{url}/c").files) == [".metadata", "__0_0.distcp", "__0_1.distcp", "meta.pt"]
+    assert sorted(read_manifest(f"{url}/c").files) == [".index", ".metadata", "__0_0.distcp", "__0_1.distcp", "meta.pt"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -217,7 +217,7 @@ def test_a_checkpoint_survives_being_copied_to_disk(url: str, tmp_path: Path) ->
         (tmp_path / "c" / name).write_bytes((path / name).read())
     assert value_at(tmp_path / "c") == 2
     save(tmp_path / "c", 3)
-    assert sorted(os.listdir(tmp_path / "c")) == [".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
+    assert sorted(os.listdir(tmp_path / "c")) == [".index", ".metadata", "__0_0.distcp", "manifest.json", "meta.pt"]
     assert value_at(tmp_path / "c") == 3
 
 
@@ -325,7 +325,7 @@ def test_storage_options_alone_reach_the_store(store: Store, tmp_path: Path) -> 
         saved = manager.save(state, step=1, user_content=5)
         assert saved is not None
         assert (manager.load(state), manager.load(state, path=saved.path)) == (5, 5)
-    assert verify(saved.path, storage_options=options, progress=False).files == 4
+    assert verify(saved.path, storage_options=options, progress=False).files == 5
     assert prune(f"{store.url}/manager", storage_options=options) == []
 
 
