@@ -65,12 +65,20 @@ class StreamingDatasetAdapter(LoaderAdapter):
     def iterate(self, epoch: int, state: Any, skip: int) -> Iterator[Any]:
         self._epoch.set(epoch)
         samples = skip * self._step_size if state is None else state["sample_in_epoch"]
-        # it refuses to begin after its last sample, where only repeats are left that even the ranks out: skip to there
-        ahead = -(-max(0, samples - self._dataset.epoch_size) // self._step_size)
+        ahead = self._steps_to_skip(samples)
         begin = max(0, samples - ahead * self._step_size)
         self._begin_at({**(state or {}), "epoch": epoch, "sample_in_epoch": begin})
         self._samples = begin - begin % self._rounds_to()
         return skipped(self._counted(iter(self.engine)), ahead)
+
+    def _steps_to_skip(self, samples: int) -> int:
+        """Near the end of an epoch it has to begin some steps before ``samples``, which are then passed over."""
+        # it refuses to begin after its last sample, where only repeats are left that even the ranks out
+        past_end = samples - self._dataset.epoch_size
+        # of too few samples it repeats others than it would have without a resume
+        world = self._dataset._parallel_rank_world
+        too_few = past_end + 2 * (world.num_ranks - world.num_nodes)
+        return max(_steps(past_end, self._step_size), min(_steps(too_few, self._step_size), samples // self._step_size))
 
     def _begin_at(self, position: dict[str, Any]) -> None:
         from filelock import FileLock
@@ -108,6 +116,11 @@ class StreamingDatasetAdapter(LoaderAdapter):
 
     def shut_down(self) -> None:
         shut_down(self.engine)
+
+
+def _steps(samples: int, step_size: int) -> int:
+    """That hold so many samples."""
+    return -(-max(0, samples) // step_size)
 
 
 class KeyedBySample(IterableDataset[Any]):
