@@ -19,7 +19,9 @@ from lightning_resume import (
     ResumeCallback,
     ResumeWarning,
 )
+from lightning_resume.checkpoint.indexed import IndexedContent
 from lightning_resume.checkpoint.layout import step_name
+from lightning_resume.checkpoint.reader import CheckpointReader
 from tests.harness import Zygote, zygote
 from tests.toy_data import reseed
 from tests.toy_fabric import Toy, assert_equal, fabric, launch
@@ -32,11 +34,18 @@ def ranks() -> Zygote:
 
 
 def damage(checkpoint: Path, name: str = "__0_0.distcp") -> None:
-    """Flips bits in the middle half of the file ``name``: one alone may lie where no load reads."""
+    """Flips a bit in the middle of the file ``name``, of shards in the first tensor."""
     content = bytearray((checkpoint / name).read_bytes())
-    for place in range(len(content) // 4, len(content) * 3 // 4):
-        content[place] ^= 4
+    content[_first_tensor(checkpoint) if name == "__0_0.distcp" else len(content) // 2] ^= 4
     (checkpoint / name).write_bytes(content)
+
+
+def _first_tensor(checkpoint: Path) -> int:
+    """Where its data begin: not every byte of a file of shards is one that a load reads."""
+    content = CheckpointReader(checkpoint)._content
+    assert isinstance(content, IndexedContent)
+    placed = [content._index.items(key)[0] for key, info in content.keys.items() if info is not None]
+    return min(one.item.offset + one.item.head for one in placed if one.file == 0 and one.item.data)
 
 
 def saved(root: Path, steps: int, **options: Any) -> Toy:
