@@ -77,7 +77,7 @@ def test_overwriting_replaces_it_and_leaves_nothing_else(url: str) -> None:
     for value in (1, 2, 3):
         save(f"{url}/c", value)
         assert value_at(f"{url}/c") == value
-        assert len(names(f"{url}/c")) == (4 if value == 1 else 2)
+        assert len(names(f"{url}/c")) == (5 if value == 1 else 2)
     commit.delete_checkpoint(f"{url}/c")
     assert classify(f"{url}/c") in (Kind.MISSING, Kind.NOT_A_CHECKPOINT)
     with pytest.raises(FileNotFoundError):
