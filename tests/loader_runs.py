@@ -34,6 +34,8 @@ class LoaderRuns:
     workers: Sequence[int] = (0, 2)
     world_sizes: Sequence[int] = (1, 2, 3)
     batch_sizes: Sequence[int] = (4, 3, 7)
+    ends_alike = True
+    """Whether its state at the end of an epoch has the same bits where it was resumed when nothing was left of it."""
     called: Mapping[str, str] = {}
     """What an error calls the ``world_size``, ``num_workers`` or ``batch_size`` that is not the saved one."""
 
