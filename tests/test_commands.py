@@ -56,8 +56,8 @@ def test_list_marks_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.C
 
 
 def test_verify_says_that_a_checkpoint_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{run / step_name(2)} is whole: 4 files" in output(capsys, "verify", run / step_name(2))
-    assert json.loads(output(capsys, "verify", run / step_name(2), "--json"))["files"] == 4
+    assert f"{run / step_name(2)} is whole: 5 files" in output(capsys, "verify", run / step_name(2))
+    assert json.loads(output(capsys, "verify", run / step_name(2), "--json"))["files"] == 5
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, name: str) -> None:
     read_all(saved)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".index", "meta.pt"])
 def test_a_missing_or_shortened_file_is_named(saved: Path, name: str) -> None:
     os.truncate(saved / name, 100)
     with pytest.raises(CheckpointCorruptError, match=rf"{name}: expected \d+ bytes, found 100 bytes"):

@@ -36,16 +36,17 @@ def ranks() -> Zygote:
 def damage(checkpoint: Path, name: str = "__0_0.distcp") -> None:
     """Flips a bit in the middle of the file ``name``, of shards in the first tensor."""
     content = bytearray((checkpoint / name).read_bytes())
-    content[_first_tensor(checkpoint) if name == "__0_0.distcp" else len(content) // 2] ^= 4
+    content[_first_tensor(checkpoint, name) if name.endswith(".distcp") else len(content) // 2] ^= 4
     (checkpoint / name).write_bytes(content)
 
 
-def _first_tensor(checkpoint: Path) -> int:
+def _first_tensor(checkpoint: Path, name: str) -> int:
     """Where its data begin: not every byte of a file of shards is one that a load reads."""
     content = CheckpointReader(checkpoint)._content
     assert isinstance(content, IndexedContent)
-    placed = [content._index.items(key)[0] for key, info in content.keys.items() if info is not None]
-    return min(one.item.offset + one.item.head for one in placed if one.file == 0 and one.item.data)
+    placed = [one for key in content.keys for one in content._index.items(key)]
+    mine = [one.item for one in placed if content._index.files[one.file] == name]
+    return min(item.offset + item.head for item in mine if item.head and item.data)
 
 
 def saved(root: Path, steps: int, **options: Any) -> Toy:
