@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("ShardedDataset, parquet", "ShardedDataset, jsonl, 0", "ShardedDataset, tar, 0", "make_resumable, map-style")
+WHAT = ("save", "load")
 OTHERS = ("map-style, 0 workers", "stateless iterable, 0", "Hugging Face", "pyarrow")
 
 
@@ -68,3 +69,15 @@ def test_the_benchmark_of_saves_in_the_background_runs(tmp_path: Path) -> None:
     assert {"ours, process, deferred", "dcp.async_save, thread"} <= {
         line[:28].strip() for line in process.stdout.splitlines()
     }
+
+
+def test_the_benchmark_of_checkpoints_runs_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    figures = tmp_path / "checkpoints.json"
+    sizes = ("--mib=48", "--rounds=1", f"--folder={tmp_path}", f"--output={figures}")
+    command = [sys.executable, "benchmarks/checkpoints.py", *sizes]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stderr
+    found = json.loads(figures.read_text())
+    assert all({"raw", "ours"} <= found[f"{ranks} ranks"][what]["ratio"].keys() for ranks in (1, 2) for what in WHAT)
+    assert found["2 ranks"]["reshard"]["bytes read of those needed"]["ours"] < 1.1
