@@ -31,7 +31,7 @@ def verify(
 ) -> Verification:
     """Reads all of a checkpoint folder of ours, several files at once, and compares it with its hashes.
 
-    Needs no process group and calls no collective. Nothing of it is unpickled but ``.metadata``, with an allow-list.
+    Needs no process group and calls no collective. Nothing of it is unpickled.
 
     Args:
         checkpoint: The checkpoint folder, a path or any fsspec URL.

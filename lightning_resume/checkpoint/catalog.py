@@ -94,9 +94,6 @@ class Catalog:
             found = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
             raise self._corrupt(f"item {index.fqn!r}: expected {expected}, found {found}")
 
-    def leaf_index(self, key: str) -> MetadataIndex:
-        return MetadataIndex(key, (0,))
-
     def check_covered(self, key: str) -> None:
         """Checks that the stored shards make up the whole tensor.
 
