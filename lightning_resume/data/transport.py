@@ -22,7 +22,7 @@ class Channel:
     def __init__(self) -> None:
         default = dist.distributed_c10d._get_default_group()
         on_cpu = torch.device("cpu") in default._device_types
-        self._group = default if on_cpu else dist.new_group(backend="gloo", timeout=_distributed.timeout())
+        self._group = default if on_cpu else _distributed.new_group()
 
     def send(self, objects: Mapping[int, Packed]) -> None:
         """Sends each rank its object, all at the same time.

@@ -50,5 +50,5 @@ def _gloo_group() -> Any:
     if _known[0] is not dist.group.WORLD:
         # torch makes it without a word of who is missing, where a loader is iterated over on one rank only
         in_step("iter() of a stream, which all ranks read together")
-        _known = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_distributed.timeout())
+        _known = dist.group.WORLD, _distributed.new_group()
     return _known[1]
