@@ -25,6 +25,8 @@ class LoaderRuns:
 
     length: int | None
     unique = True
+    of_one_length = True
+    """Whether each epoch holds ``length`` samples; a mixture's end where a dataset does."""
     evens_out = False
     """Whether it repeats samples in every epoch so that the ranks' parts are equal."""
     epochs = 3

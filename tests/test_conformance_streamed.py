@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_resume import BatchByLength, stream_of
+from lightning_resume import BatchByLength, Packing, StreamMixture, stream_of
 from lightning_resume.data.order import Tail
 from lightning_resume.data.position import Resumable
 from tests import simulated_ranks, streams
@@ -14,6 +14,11 @@ from tests.conformance import LoaderConformance
 from tests.local_peers import LocalRanks
 from tests.simulated_ranks import Topology
 from tests.toy_data import Noisy
+
+
+def tokens_of(sample: Any) -> list[int]:
+    """Tokens that no other document has."""
+    return [100 + 10 * int(sample["id"]) + token for token in range(int(sample["id"]) * 7 % 6)]
 
 
 def number_of_digits(sample: Any) -> int:
@@ -93,6 +98,18 @@ class TestTar(StreamConformance):
     format = "tar"
 
 
+class TestText(StreamConformance):
+    format = "text"
+
+
+class TestGzipMembers(StreamConformance):
+    format = "jsonl.gz, members"
+
+
+class TestTarGzip(StreamConformance):
+    format = "tar.gz"
+
+
 class TestParquetRows(StreamConformance):
     format = "parquet"
 
@@ -100,6 +117,21 @@ class TestParquetRows(StreamConformance):
 class TestBatchesByLength(StreamConformance):
     format = "text"
     options: ClassVar[dict[str, Any]] = {"lanes": 2, "group": BatchByLength(key=number_of_digits, window=6)}
+
+
+class TestPacking(StreamConformance):
+    """Of documents of 0 to 5 tokens, rows of 3, of which the last of a lane may be filled up."""
+
+    format = "jsonl"
+    options: ClassVar[dict[str, Any]] = {"lanes": 2, "group": Packing(3), "transform": tokens_of}
+    length = sum(len(tokens_of({"id": number})) for number in range(14))
+    batch_sizes = (2, 1, 3)
+
+    def ids(self, batch: Any) -> list[int]:
+        return [int(token) for row in batch for token in row["input_ids"] if token]
+
+    def noise(self, batch: Any) -> None:
+        """A token is a number of its document."""
 
 
 class Thirds(Noisy):
@@ -132,3 +164,29 @@ class TestStreamOf(StreamConformance):
 
     def noise(self, batch: Any) -> list[Any]:
         return [float(noise) for _, noise in batch]
+
+
+class Numbered(Noisy):
+    """Counts from ``first``."""
+
+    def __init__(self, length: int, first: int) -> None:
+        super().__init__(length)
+        self.first = first
+
+    def __getitem__(self, index: int) -> Any:
+        _, noise = super().__getitem__(index)
+        return self.first + index, noise
+
+
+class TestStreamMixture(TestStreamOf):
+    """Whose epochs end with the first of its datasets in each lane."""
+
+    of_one_length = False
+
+    def make(self, *, folder: Path, **options: Any) -> Resumable:  # type: ignore[override]
+        settings = {"seed": 3, "rank": 0, "world_size": 1, "batch_size": 4, **options}
+        mixture = StreamMixture([Numbered(12, 0), Numbered(30, 100)], [3, 1], seed=settings.pop("seed"))
+        return mixture.create_dataloader(collate_fn=list, lanes=2, **settings)
+
+    def ids(self, batch: Any) -> list[int]:
+        return [index for index, _ in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_resume import make_resumable, sample_rng
-from tests.simulated_ranks import stored
-from tests.toy_data import plain, reseed
+from lightning_resume.data.randomness import RandomStream, draws_nothing, keyed_seed
+from lightning_resume.state import rng
+from tests.simulated_ranks import bits, stored
+from tests.toy_data import Noisy, plain, reseed
 
 LENGTH = 18
 EPOCHS = 2
@@ -237,3 +240,75 @@ def test_a_number_that_no_sample_has_is_refused(n: int) -> None:
     with pytest.raises(IndexError, match=rf"sample_rng\({n}\) was called where 1 samples are being made"):
         list(loader(Asking(lambda: sample_rng(n))))
     assert next(iter(loader(Asking(lambda: sample_rng(0) is sample_rng()))))[1] == [True] * 3
+
+
+# -- the generators outside
+
+
+@pytest.mark.parametrize("normals", [0, 1])
+@pytest.mark.parametrize("around", [rng.apart, rng.preserved, RandomStream("a stream")])
+def test_code_with_random_numbers_of_its_own_is_not_noticed_outside(
+    around: Callable[[], contextlib.AbstractContextManager[None]], normals: int
+) -> None:
+    """NumPy draws two normal numbers at a time, and keeps one: it comes back, too."""
+    reseed(7)
+    np.random.randn(normals)
+    expected = following()
+    reseed(7)
+    np.random.randn(normals)
+    before = bits(rng.capture().to_plain())
+    with contextlib.suppress(KeyError), around():
+        rng.seed_all(1)
+        np.random.randn(3), random.random(), torch.rand(2)
+        with rng.apart():
+            rng.seed_all(2)
+            np.random.randn(1)
+        raise KeyError
+    assert bits(rng.capture().to_plain()) == before
+    assert following() == expected
+
+
+def following() -> Any:
+    return bits([np.random.randn(3), [random.gauss(0, 1) for _ in range(3)], torch.randn(3)])
+
+
+def test_what_is_seeded_apart_draws_what_it_would_draw_elsewhere() -> None:
+    with rng.preserved():
+        rng.seed_all(5)
+        expected = following()
+    np.random.randn(1)
+    for _ in range(2):
+        with rng.apart():
+            rng.seed_all(5)
+            assert following() == expected
+
+
+def test_a_stream_goes_on_where_it_was_a_left_over_normal_number_included() -> None:
+    with rng.preserved():
+        rng.seed_all(keyed_seed("a stream"))
+        expected = bits([np.random.randn(1) for _ in range(4)])
+    stream, seen = RandomStream("a stream"), []
+    for _ in range(4):
+        np.random.randn(1)
+        with stream():
+            seen.append(np.random.randn(1))
+    assert bits(seen) == expected
+
+
+def test_what_is_known_to_draw_nothing_needs_no_seeds() -> None:
+    tensors = TensorDataset(torch.arange(4))
+    for known in (tensors, Subset(tensors, [1]), ConcatDataset([tensors, Subset(tensors, [0])]), default_collate):
+        assert draws_nothing(known)
+    for unknown in (Noisy(), Subset(Noisy(), [1]), ConcatDataset([tensors, Noisy()]), LikeTensors(torch.ones(1)), list):
+        assert not draws_nothing(unknown)
+
+
+class LikeTensors(TensorDataset):
+    """May do anything."""
+
+
+def test_tensors_come_as_they_are_and_leave_the_generators_alone() -> None:
+    loader = make_resumable(DataLoader(TensorDataset(torch.arange(10)), 4, shuffle=True), seed=3)
+    before = bits(rng.capture().to_plain())
+    assert sorted(int(number) for [batch] in loader for number in batch) == list(range(10))
+    assert bits(rng.capture().to_plain()) == before

@@ -20,7 +20,7 @@ from lightning_resume.data.loader import ElasticLoader
 from lightning_resume.data.position import Resumable
 from lightning_resume.data.producer import Elastic, InTurn, Producer
 from lightning_resume.data.resumable import make_resumable
-from lightning_resume.data.transport import Channel, Packed, pack
+from lightning_resume.data.transport import Channel, Packed, Sends, pack
 from lightning_resume.errors import CheckpointMismatchError, OutOfStepError
 from lightning_resume.state.component import Sharing
 
@@ -93,13 +93,18 @@ class DispatchedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # __i
         if self._share == (rank, world_size):
             return
         self._share = rank, world_size
-        self._part_of = _distributed.all_gather_object(rank)  # ranks that share a model see the same data
-        self._channel = Channel() if _distributed.world_size() > 1 else None
-        self._about = _distributed.on_rank_zero("making the loader", lambda: self._produce(world_size))
-        self._start = self._about.start
-        self.__dict__.update(num_workers=self._about.num_workers, batch_size=self._about.batch_size)
+        part_of = _distributed.all_gather_object(rank)  # ranks that share a model see the same data
+        channel = Channel() if _distributed.world_size() > 1 else None
+        self._connect(part_of, channel, _distributed.on_rank_zero("making the loader", self._produce))
 
-    def _produce(self, world_size: int) -> About:
+    def _connect(self, part_of: Sequence[int], channel: Sends | None, about: About) -> None:
+        self._part_of, self._channel, self._about = part_of, channel, about
+        self._start = about.start
+        self.__dict__.update(num_workers=about.num_workers, batch_size=about.batch_size)
+
+    def _produce(self) -> About:
+        assert self._share is not None
+        world_size = self._share[1]
         with alone():
             self.loader = make_resumable(self._make(), rank=0, world_size=1, **self._options)
         cuts = isinstance(self.loader, ElasticLoader) and not self.loader.changes_batches

@@ -30,11 +30,12 @@ from lightning_resume.data.randomness import (
     Request,
     StepDataset,
     as_it_is,
+    draws_nothing,
     keyed_seed,
     keys_each_sample,
     worker_init,
 )
-from lightning_resume.data.source import UNSIZED, Source
+from lightning_resume.data.source import UNSIZED, Permuted, Source
 from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
 from lightning_resume.state.component import Sharing
@@ -261,15 +262,26 @@ class ElasticLoader(Resumable):
         self._engine.generator.manual_seed(keyed_seed("workers", self._start.seed, self._start.epoch))
         with rng.preserved():
             batches = iter(self._engine)
-        # without workers the dataset runs here, and seeds the global generators for each sample
-        isolated = rng.preserved if self.num_workers == 0 else contextlib.nullcontext
+        apart = self._apart
         while True:
-            with isolated():
+            with apart():
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
             yield batch
+
+    @property
+    def _apart(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Around each batch: without workers the dataset runs here, and seeds the global generators for each sample."""
+        if self.num_workers:
+            return contextlib.nullcontext
+        if self.changes_batches:  # draws, perhaps, before the first sample is seeded
+            return rng.preserved
+        loader = self._user_loader
+        if isinstance(self._source, Permuted) and draws_nothing(loader.dataset) and draws_nothing(loader.collate_fn):
+            return contextlib.nullcontext
+        return rng.apart
 
     def _tell_what_is_visited(self) -> None:
         """Says what one process reads, so that it keeps no more than that in memory."""
@@ -303,8 +315,7 @@ class ElasticLoader(Resumable):
     def requests(self) -> Iterator[Any]:
         """This rank's samples of each remaining step of the epoch; with a whole share a list of every rank's."""
         start, share = self._start, self._share
-        for step in range(order.steps_left(start, **self._counts)):
-            window = order.window(start, step, **self._counts)
+        for window in order.windows(start, **self._counts):
             slices = [order.rank_slice(*window, rank=rank, world_size=share.world_size) for rank in share.ranks]
             batches = [self._source.take(start, *one) for one in slices]
             if all(batches):

@@ -28,6 +28,7 @@ __all__ = [
     "rank_slice",
     "steps_left",
     "window",
+    "windows",
 ]
 
 Indices = npt.NDArray[np.int64]
@@ -117,7 +118,7 @@ class Permutation:
         # a few positions cost nearly as much as thousands, and the next ones are asked for next
         numbers = range(start // _CHUNK, -(-stop // _CHUNK))
         parts = [self._chunk(n)[max(0, start - n * _CHUNK) : stop - n * _CHUNK] for n in numbers]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return np.concatenate(parts or [np.empty(0, dtype=np.int64)])
 
     def _chunk(self, number: int) -> Indices:
         kept = self._chunks  # two: what is asked for may lie across the end of one
@@ -284,6 +285,16 @@ def window(state: OrderState, step: int, *, world_size: int, batch_size: int) ->
     return start, start + world_size * batch_size
 
 
+def windows(state: OrderState, *, world_size: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Yields the :func:`window` of each step that is left of this epoch."""
+    counts = {"world_size": world_size, "batch_size": batch_size}
+    left, size = steps_left(state, **counts), _step_size(**counts)
+    for start in range(state.consumed, state.consumed + (left - 1) * size, size):
+        yield start, start + size
+    if left:
+        yield window(state, left - 1, **counts)
+
+
 def rank_slice(start: int, stop: int, *, rank: int, world_size: int) -> tuple[int, int]:
     """Returns a rank's contiguous part of a window, even to one sample; earlier ranks get the larger parts.
 
@@ -338,6 +349,8 @@ def indices(state: OrderState, start: int, stop: int) -> Indices:
             f"position {start} of epoch {state.epoch} with {state.length} samples comes before epoch 0; "
             "pass a window that starts at state.consumed or later"
         )
+    if 0 <= start <= stop <= state.length:
+        return _epoch_indices(state, 0, start, stop)
     parts = [_epoch_indices(state, *span) for span in _spans(start, stop, state.length)]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 

@@ -88,6 +88,8 @@ class InTurn(Producer):
         super().__init__(loader, world_size)
         self._states: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=_STATES_KEPT)
         self._ended = False
+        self._behind = 0
+        """Epochs that have ended, whose last batches the loader still has to give."""
         self._left: list[Any] | None = None
         """Batches of ended epochs that made no step; ``None`` after a load, which has to read them again."""
 
@@ -102,23 +104,25 @@ class InTurn(Producer):
     def begin(self) -> Iterator[Sequence[Any]]:
         last = self.state(0)
         self._states.clear()
-        if last["epochs"]:
-            self._states.append(last)
-            return self._after_left(last["epochs"])
-        batches = self.loader._open()
-        self._note()
-        return self._in_turn([], batches)
-
-    def _after_left(self, epochs: int) -> Iterator[Sequence[Any]]:
-        left = self._left
-        if left is None:
-            left = []
-            for number in range(epochs):
-                left += self.loader._open()
-                if number < epochs - 1:
-                    self.loader._next_epoch()
+        self._behind = 0
+        if not last["epochs"]:
+            batches = self.loader._open()
+            self._note()
+            return self._in_turn([], batches)
+        self._states.append(last)
+        if self._left is None:
+            self._behind = last["epochs"]
+            return self._in_turn([], self._read_again())
         self.loader._next_epoch()
-        yield from self._in_turn(left, self.loader._open())
+        return self._in_turn(self._left, self.loader._open())
+
+    def _read_again(self) -> Iterator[Any]:
+        """What is left of epochs that have ended, then the epoch that it opens."""
+        while self._behind:
+            yield from self.loader._open()
+            self.loader._next_epoch()
+            self._behind -= 1
+        yield from self.loader._open()
 
     def _in_turn(self, step: list[Any], batches: Iterator[Any]) -> Iterator[Sequence[Any]]:
         for batch in batches:
@@ -130,22 +134,23 @@ class InTurn(Producer):
         self._left, self._ended = step, True
 
     def _note(self) -> None:
-        self._states.append({"loader": self.loader.state_dict(), "epochs": 0})
+        self._states.append({"loader": self.loader.state_dict(), "epochs": self._behind})
 
     def next_epoch(self) -> None:
         if self._ended:
             last = self._states.pop()
             self._states.append({**last, "epochs": last["epochs"] + 1})
         else:  # given up
-            self.loader._next_epoch()
+            for _ in range(self._behind + 1):
+                self.loader._next_epoch()
             self._states.clear()
-            self._left = None
+            self._left, self._behind = None, 0
         self._ended = False
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
         self._states.clear()
-        self._left, self._ended = None, False
+        self._left, self._ended, self._behind = None, False, 0
 
     def state(self, behind: int) -> dict[str, Any]:
         if not self._states:
@@ -161,7 +166,7 @@ class InTurn(Producer):
         self.loader.load_state_dict(state["loader"])
         self._states.clear()
         self._states.append(state)
-        self._left, self._ended = None, ended
+        self._left, self._ended, self._behind = None, ended, state["epochs"]
 
     def state_of_loader(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return state["loader"]  # type: ignore[no-any-return]

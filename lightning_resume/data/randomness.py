@@ -18,7 +18,16 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from lightning_resume.data.fingerprint import is_hugging_face
 from lightning_resume.data.sample_rng import Key, making, now_making
@@ -55,26 +64,45 @@ class KeyedDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self.batch_key = 0  # read by KeyedCollate in the same process, after the samples of a batch were fetched
+        self._draws = not draws_nothing(dataset)
+        self._first: Request | None = None
 
     def __getitem__(self, request: Request) -> Any:
+        self._first = request
+        if not self._draws:
+            return self.dataset[request.index]
         with making():
             self._seeds([request])(0)
-            sample = self.dataset[request.index]
-        self._fetched(request)
-        return sample
+            return self.dataset[request.index]
 
     def __getitems__(self, requests: Sequence[Request]) -> Any:
+        self._first = requests[0]
+        indices = [request.index for request in requests]
+        if not self._draws:
+            return [self.dataset[index] for index in indices]
         with making():
-            samples = fetch(self.dataset, [request.index for request in requests], self._seeds(requests))
-        self._fetched(requests[0])
-        return samples
+            return fetch(self.dataset, indices, self._seeds(requests))
+
+    @property
+    def batch_key(self) -> int:
+        """What the batch is keyed by whose samples were fetched last."""
+        assert self._first is not None
+        return keyed_seed("batch", self.seed, self._first.epoch, self._first.key)
 
     def _seeds(self, requests: Sequence[Request]) -> SampleSeeds:
         return SampleSeeds([("sample", self.seed, request.epoch, request.key) for request in requests])
 
-    def _fetched(self, first: Request) -> None:
-        self.batch_key = keyed_seed("batch", self.seed, first.epoch, first.key)
+
+def draws_nothing(code: Any) -> bool:
+    """Whether ``code``, a dataset or ``collate_fn``, is known to draw no random numbers, so that none need be seeded.
+
+    Of anything that a user may have written it is not known.
+    """
+    if type(code) is Subset:
+        return draws_nothing(code.dataset)
+    if type(code) is ConcatDataset:
+        return all(map(draws_nothing, code.datasets))
+    return type(code) is TensorDataset or code is default_collate or code is default_convert
 
 
 @final
@@ -87,7 +115,7 @@ class SampleSeeds:
     def __call__(self, n: int) -> None:
         key = self._keys[n]
         rng.seed_all(keyed_seed(*key))
-        now_making(key, [key])
+        now_making(key, (key,))
 
     def batch(self) -> None:
         """Seeds them for all samples at once, by the first."""
@@ -139,6 +167,8 @@ class KeyedCollate:
         self.collate_fn, self.dataset = collate_fn, dataset
 
     def __call__(self, samples: Any) -> Any:
+        if draws_nothing(self.collate_fn):
+            return self.collate_fn(samples)
         rng.seed_all(self.dataset.batch_key)
         with making():
             now_making(("collate", self.dataset.batch_key))
@@ -305,25 +335,19 @@ class RandomStream:
     """
 
     def __init__(self, *parts: object) -> None:
-        with rng.preserved():
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        self._numpy: tuple[Any, rng.Leftover] = np.random.MT19937(0), (0, 0.0)
+        with self():
             rng.seed_all(keyed_seed(*parts))
-            self._state = _global_state()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        with rng.preserved():
-            _set_global_state(self._state)
-            try:
-                yield
-            finally:
-                self._state = _global_state()
-
-
-def _global_state() -> tuple[Any, Any, torch.Tensor]:
-    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-
-
-def _set_global_state(state: tuple[Any, Any, torch.Tensor]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
+        python, torch_cpu, numpy = random.getstate(), torch.get_rng_state(), rng.swap_numpy(*self._numpy)
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        try:
+            yield
+        finally:
+            self._python, self._torch, self._numpy = random.getstate(), torch.get_rng_state(), rng.swap_numpy(*numpy)
+            random.setstate(python)
+            torch.set_rng_state(torch_cpu)

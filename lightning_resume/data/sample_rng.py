@@ -28,12 +28,15 @@ def sample_rng(n: int | None = None) -> np.random.Generator:
         RuntimeError: No sample is being made by a loader of ours.
         IndexError: There is no n-th sample here.
     """
+    global _current
     if _current is None:
         raise RuntimeError(
             "sample_rng() was called where no sample is being made. Call it in a dataset's __getitem__, in a transform"
             " or in collate_fn, and iterate over a loader of lightning-resume: one from make_resumable(), or one that a"
             " Trainer with ResumeCallback or a Resumable...Strategy has set up."
         )
+    if not isinstance(_current, Making):
+        _current = Making(*_current)
     return _current.generator(n)
 
 
@@ -71,11 +74,11 @@ def making() -> Iterator[None]:
 def now_making(key: Key, samples: Sequence[Key] = ()) -> None:
     """From here on ``sample_rng()`` is keyed by ``key``, and ``sample_rng(n)`` by ``samples[n]``."""
     global _current
-    _current = Making(key, samples)
+    _current = key, samples
 
 
-# one for the process: a dataset may well fetch with threads of its own
-_current: Making | None = None
+# one for the process: a dataset may well fetch with threads of its own. Few samples ask, so that most need no `Making`
+_current: Making | tuple[Key, Sequence[Key]] | None = None
 
 
 def _philox_key(key: Key) -> Any:

@@ -86,8 +86,7 @@ class ElasticSampler(Sampler[list[int]]):
             self._state = order.next_epoch(self._state, **self._finished_at)
         self._finished = False
         start = self._state
-        for step in range(order.steps_left(start, **self._counts)):
-            window = order.window(start, step, **self._counts)
+        for step, window in enumerate(order.windows(start, **self._counts)):
             mine = order.rank_slice(*window, rank=self.rank, world_size=self.world_size)
             self._state = order.advance(start, step + 1, **self._counts)
             yield order.indices(start, *mine).tolist()

@@ -108,11 +108,11 @@ class Permuted(Source):
         self.kind = "shuffled" if shuffle else "sequential"
 
     def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
-        first = state.epoch
-        return [
-            Request(index, first + position // self.length, index)
-            for position, index in enumerate(order.indices(state, start, stop).tolist(), start)
-        ]
+        indices: list[int] = order.indices(state, start, stop).tolist()
+        if start >= 0 and stop <= self.length:
+            return [Request(index, state.epoch, index) for index in indices]
+        epochs = (state.epoch + position // self.length for position in range(start, stop))
+        return [Request(index, epoch, index) for index, epoch in zip(indices, epochs, strict=True)]
 
 
 class Replayed(Source):

@@ -132,7 +132,7 @@ class StreamLoader(Resumable):
     @contextlib.contextmanager
     def _randomness(self, batch: int) -> Iterator[None]:
         """Inside, the global generators are seeded for that batch; outside nothing is noticed."""
-        with rng.preserved():
+        with rng.apart():
             rng.seed_all(keyed_seed("stream", self._adapter.seed, self._epoch, batch))
             yield
 

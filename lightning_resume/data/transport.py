@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,13 @@ import torch.distributed as dist
 from lightning_resume import _distributed
 
 SRC = 0
+
+
+class Sends(Protocol):
+    """From rank 0 to each of the others, what :class:`Channel` does."""
+
+    def send(self, objects: Mapping[int, Packed]) -> None: ...
+    def receive(self) -> Any: ...
 
 
 @final

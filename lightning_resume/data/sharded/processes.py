@@ -58,7 +58,7 @@ class ThisProcess(Processes):
         plan, self._plan = self._plan, None
         if not self._reader.draws:
             return self._reader.answer(plan)
-        with rng.preserved():
+        with rng.apart():
             return self._reader.answer(plan)
 
     def rest(self) -> None:
