@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -157,7 +158,9 @@ class Loops:
         return int(self._epoch.batch_progress.current.ready)
 
     def batch_progress(self) -> dict[str, Any]:
-        return dict(self._epoch.batch_progress.state_dict())
+        # as its `state_dict`, which takes five times as long, at every step
+        progress = vars(self._epoch.batch_progress).items()
+        return {name: dict(vars(value)) if dataclasses.is_dataclass(value) else value for name, value in progress}
 
     def epoch_is_over(self) -> bool:
         return bool(self._epoch._num_ready_batches_reached())

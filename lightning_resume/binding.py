@@ -29,6 +29,7 @@ from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies
 from lightning_resume.state.component import Component, Sharing
 from lightning_resume.state.metrics import load_metrics_state, metrics_state
+from lightning_resume.state.modules import ModuleTree
 from lightning_resume.trainer_checkpoints import TrainerCheckpoints
 
 _CURSOR = "trainer"
@@ -71,7 +72,7 @@ class Boundary:
     """The run at the last moment at which no gradients were pending: a checkpoint from later may go back to it."""
 
     rng: rng.RngState
-    loaders: list[dict[str, Any]]
+    loaders: list[Callable[[], dict[str, Any]]]
     batches: dict[str, Any]
     metrics: dict[str, Any]
     epoch_metrics: dict[str, Any]
@@ -117,6 +118,7 @@ class TrainerBinding:
         self._boundary: Boundary | None = None
         self._rng_before: rng.RngState | None = None
         self._buffers = BufferCopies()
+        self._tree: ModuleTree | None = None
         self._resume: Resume | None = None
         self._hints: list[dict[str, Any] | None] = []
         self._skip_batch = False
@@ -172,10 +174,10 @@ class TrainerBinding:
             cursor, boundary = Cursor.STEP, self._boundary
             checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._stopped)
         loaders = self._train_loaders()
-        states = self._loader_states() if boundary is None else boundary.loaders
+        states = [state() for state in (self._loader_moments() if boundary is None else boundary.loaders)]
         if cursor is Cursor.EPOCH:
             self._loops.before_epoch(checkpoint["loops"]["fit_loop"])
-        metrics = metrics_state(self.trainer.lightning_module) if boundary is None else boundary.metrics
+        metrics = metrics_state(self.trainer.lightning_module.named_modules()) if boundary is None else boundary.metrics
         value = {
             "cursor": cursor.value,
             "exhausted": self._loops.exhausted(),
@@ -223,9 +225,9 @@ class TrainerBinding:
                 " it."
             )
 
-    def _loader_states(self) -> list[dict[str, Any]]:
+    def _loader_moments(self) -> list[Callable[[], dict[str, Any]]]:
         ahead = self._loops.prefetched()
-        return [loader.state_dict(ahead if loader.taken else 0) for loader in self._train_loaders()]
+        return [loader.moment(ahead if loader.taken else 0) for loader in self._train_loaders()]
 
     def _train_loaders(self) -> list[Resumable]:
         return [loader for loader in self._loops.train_loaders() if isinstance(loader, Resumable)]
@@ -375,12 +377,14 @@ class TrainerBinding:
         self._mark()
 
     def _mark(self) -> None:
-        self._buffers.take([self.trainer.lightning_module])
+        if self._tree is None or self._tree.root is not self.trainer.lightning_module:
+            self._tree = ModuleTree(self.trainer.lightning_module)
+        self._buffers.take([self._tree])
         self._boundary = Boundary(
             rng=rng.capture(),
-            loaders=self._loader_states(),
+            loaders=self._loader_moments(),
             batches=self._loops.batch_progress(),
-            metrics=metrics_state(self.trainer.lightning_module),
+            metrics=metrics_state(self._tree.named),
             epoch_metrics=self._loops.epoch_metrics(),
             steps=self.trainer.global_step,
         )

@@ -17,6 +17,7 @@ from lightning_resume.errors import CheckpointMismatchError
 from lightning_resume.state import rng
 from lightning_resume.state.buffers import BufferCopies
 from lightning_resume.state.component import Component, Sharing
+from lightning_resume.state.modules import ModuleTree
 
 RNG = "rng"
 _LOADER = "loader."
@@ -58,7 +59,7 @@ class Tracker:
     def __init__(self) -> None:
         self._loaders: list[weakref.ref[Resumable]] = []
         self._pending: dict[int, dict[str, Any]] = {}
-        self._modules: list[Module] = []
+        self._trees: list[ModuleTree] = []
         self._rng: rng.RngState | None = None
         self._buffers = BufferCopies()
         self._backwards = 0
@@ -71,13 +72,13 @@ class Tracker:
         return [loader for ref in self._loaders if (loader := ref()) is not None]
 
     def add_module(self, module: Module) -> None:
-        if not any(module is known for known in self._modules):
-            self._modules.append(module)
+        if not any(module is known for known in self.modules):
+            self._trees.append(ModuleTree(module))
 
     @property
     def modules(self) -> list[Module]:
         """All that were set up."""
-        return self._modules
+        return [tree.root for tree in self._trees]
 
     def buffers_to_go_back_to(self, module: Module) -> dict[str, Any]:
         """The buffers as they were before the batches that :meth:`components` leaves out; none where it leaves none."""
@@ -114,7 +115,7 @@ class Tracker:
         """Keeps what a checkpoint goes back to when it is taken before the next step."""
         if self._rng is None:
             self._rng = rng.capture()
-            self._buffers.take(self._modules)
+            self._buffers.take(self._trees)
 
     def loader_states(self) -> list[dict[str, Any]]:
         return [loader.state_dict(self._behind(loader)) for loader in self.loaders]

@@ -167,11 +167,11 @@ class LoaderConformance(LoaderRuns):
         run = self.begun(ALONE, folder)
         loader = run.loaders[0]
         for _ in self.steps(run):
-            state = loader.state_dict()
+            state, told_later = loader.state_dict(), loader.moment()
             saved = bits(stored(state))
             assert bits(stored(loader.state_dict())) == saved
             run.step()
-            assert bits(stored(state)) == saved
+            assert bits(stored(state)) == bits(stored(told_later())) == saved
 
     def test_a_loaded_state_is_the_state_that_was_saved(self, folder: Path) -> None:
         for point in self.record(ALONE, folder)[1]:
@@ -378,12 +378,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The conformance suite in its large setting.")
     parser.add_argument("--examples", type=int, default=500, help="chains of changes, for each loader")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs, for each loader")
+    parser.add_argument("-n", default="1", help="modules at the same time")
     parser.add_argument("-k", default="", help="which loaders, as pytest's -k")
     chosen = parser.parse_args()
     large = {EXAMPLES: str(chosen.examples), KILLS: str(chosen.kills)}
     which = "(chain_of_changes_keeps or sigkill)" + (f" and ({chosen.k})" if chosen.k else "")
     modules = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "Conformance" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", "--durations=10", "-k", which, *modules]
+    at_once = ["-n", chosen.n, "--dist", "loadfile"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "timeout=0",
+        "--durations=10",
+        *at_once,
+        "-k",
+        which,
+        *modules,
+    ]
     return subprocess.call(command, cwd=ROOT, env={**os.environ, **large})
 
 

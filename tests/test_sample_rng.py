@@ -312,3 +312,20 @@ def test_tensors_come_as_they_are_and_leave_the_generators_alone() -> None:
     before = bits(rng.capture().to_plain())
     assert sorted(int(number) for [batch] in loader for number in batch) == list(range(10))
     assert bits(rng.capture().to_plain()) == before
+
+
+@pytest.mark.parametrize("normals", [0, 1])
+def test_numpys_state_is_read_as_numpy_reads_it(normals: int) -> None:
+    np.random.seed(5)
+    for drawn in (0, 3, 700):
+        np.random.random(drawn)
+        np.random.randn(normals)
+        expected, found = np.random.get_state(legacy=False), rng.capture().numpy
+        assert bits(found) == bits(expected)
+        assert np.random.get_state(legacy=False)["state"]["pos"] == expected["state"]["pos"]
+
+
+def test_another_bit_generator_than_numpys_own_is_read_by_numpy() -> None:
+    with rng.apart():
+        np.random.set_bit_generator(np.random.PCG64(3))
+        assert rng.capture().numpy["bit_generator"] == "PCG64"

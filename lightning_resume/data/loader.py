@@ -323,12 +323,22 @@ class ElasticLoader(Resumable):
             if any(len(batch) < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
                 return  # an unsized sampler has come to its end
 
+    def moment(self, behind: int = 0) -> Callable[[], dict[str, Any]]:
+        start, counts, source, ended = self._start, self._counts, self._source.state_dict(), self._ended
+        taken = self._taken - behind
+        return lambda: {**self._state_at(order.advance(start, taken, **counts), counts, source), "ended": ended}
+
     def _state(self, behind: int) -> dict[str, Any]:
+        return self._state_at(self._position(behind), self._counts, self._source.state_dict())
+
+    def _state_at(
+        self, position: order.OrderState, counts: Mapping[str, int], source: Mapping[str, Any]
+    ) -> dict[str, Any]:
         return {
             "kind": self._kind(),
-            "order": self._position(behind).to_dict(),
-            "source": self._source.state_dict(),
-            "counts": self._counts,
+            "order": position.to_dict(),
+            "source": source,
+            "counts": counts,
             "explicit_seed": self._explicit_seed,
             "fixed": self._fixed(),
         }

@@ -222,7 +222,7 @@ class OrderState:
 
     def to_dict(self) -> dict[str, int | str | bool]:
         """Returns plain values only, for JSON or any other format."""
-        return {**dataclasses.asdict(self), "tail": self.tail.value}
+        return {**vars(self), "tail": self.tail.value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> OrderState:

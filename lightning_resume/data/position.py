@@ -117,6 +117,11 @@ class Resumable(Scenarios):
         """The position, as it was before the last ``behind`` batches were handed out."""
         return {**self._state(behind), "ended": self._ended}
 
+    def moment(self, behind: int = 0) -> Callable[[], dict[str, Any]]:
+        """What gives, later, the :meth:`state_dict` of now: training asks at every step, and hardly ever needs it."""
+        state = self.state_dict(behind)
+        return lambda: state
+
     def share_by_default(self, *, rank: int, world_size: int) -> None:
         """Says which part of the data is this process's, for where the user has not: the strategy knows."""
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn import Module
 
-from lightning_resume.state.collect import clean_name, user_module
+from lightning_resume.state.modules import ModuleTree
 
 
 class BufferCopies:
@@ -19,22 +18,22 @@ class BufferCopies:
     def __init__(self) -> None:
         self._copies: dict[tuple[int, str], torch.Tensor] = {}
 
-    def take(self, modules: Iterable[Module]) -> None:
+    def take(self, trees: Iterable[ModuleTree]) -> None:
         """Copies the buffers as they are now."""
         current = {
-            (id(module), clean_name(name)): buffer.detach()
-            for module in modules
-            for name, buffer in user_module(module).named_buffers()
+            (id(tree.root), name): buffer.detach()
+            for tree in trees
+            for name, buffer in tree.refresh().buffers().items()
         }
         if _layout(current) != _layout(self._copies):
             self._copies = {key: buffer.clone() for key, buffer in current.items()}
         elif current:
             torch._foreach_copy_(list(self._copies.values()), list(current.values()))
 
-    def of(self, module: Module) -> dict[str, torch.Tensor]:
-        """The copies of ``module``'s buffers by name."""
-        return {name: copy for (owner, name), copy in self._copies.items() if owner == id(module)}
+    def of(self, root: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The copies of ``root``'s buffers by name."""
+        return {name: copy for (owner, name), copy in self._copies.items() if owner == id(root)}
 
 
-def _layout(buffers: dict[tuple[int, str], torch.Tensor]) -> dict[Any, Any]:
-    return {key: (buffer.shape, buffer.dtype, buffer.device) for key, buffer in buffers.items()}
+def _layout(buffers: dict[tuple[int, str], torch.Tensor]) -> list[Any]:
+    return [(key, buffer.shape, buffer.dtype, buffer.device) for key, buffer in buffers.items()]

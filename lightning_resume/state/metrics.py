@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 
-def metrics_state(module: Module) -> dict[str, Any]:
-    """The accumulated state of each metric in ``module``, by its name."""
+def metrics_state(modules: Iterable[tuple[str, Module]]) -> dict[str, Any]:
+    """The accumulated state of each metric among ``modules``, by its name."""
     return {
         name: {
             "updates": metric._update_count,
             "state": {key: _copied(getattr(metric, key)) for key in metric._defaults},
         }
-        for name, metric in _metrics(module)
+        for name, metric in _metrics(modules)
     }
 
 
 def load_metrics_state(module: Module, state: Mapping[str, Any]) -> None:
     """Goes on accumulating from ``state``; a metric that is not in it is left as it is."""
-    for name, metric in _metrics(module):
+    for name, metric in _metrics(module.named_modules()):
         if name in state:
             for key, value in state[name]["state"].items():
                 setattr(metric, key, _moved(value, metric.device))
@@ -31,12 +31,11 @@ def load_metrics_state(module: Module, state: Mapping[str, Any]) -> None:
             metric._computed = None
 
 
-def _metrics(module: Module) -> Iterator[tuple[str, Any]]:
+def _metrics(modules: Iterable[tuple[str, Module]]) -> Iterator[tuple[str, Any]]:
     torchmetrics = sys.modules.get("torchmetrics")  # a module with a metric has imported it
     if torchmetrics is not None:
-        for name, child in module.named_modules():
-            if isinstance(child, torchmetrics.Metric):
-                yield name, child
+        kind = torchmetrics.Metric
+        yield from ((name, module) for name, module in modules if isinstance(module, kind))
 
 
 def _copied(value: Any) -> Any:
