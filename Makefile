@@ -19,7 +19,7 @@ LOADER_PACKAGES := litdata megatron-energon mosaicml-streaming braceexpand brace
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format kill-matrix storm real-run bench clean
+.PHONY: help demo test lint format kill-matrix storm real-run bench bench-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,11 +81,11 @@ storm: $(STAMP) ## the large settings: random kills, crash points, flipped bits,
 real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed at other topologies, and counted
 	$(BIN)/python -m tests.real_run
 
-bench: $(STAMP) ## saves, loads, and batches after a resume, beside what others offer and the limits of the machine
-	$(BIN)/python benchmarks/checkpoints.py
-	$(BIN)/python benchmarks/planning.py
-	$(BIN)/python benchmarks/async_save.py
-	$(BIN)/python benchmarks/loaders.py
+bench: $(STAMP) ## everything that is to be fast, beside what others offer and the limits of the machine (20 minutes)
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(STAMP) ## the same, smaller and rougher (under three minutes)
+	$(BIN)/python benchmarks/report.py --quick
 
 clean: ## remove what the targets above made, .venv too
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info lightning_logs demo-out

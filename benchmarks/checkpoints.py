@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from lightning.fabric import Fabric
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -110,6 +112,35 @@ def torch_save(path: Path, state: Any) -> None:
         os.fsync(file.fileno())
 
 
+def durable(path: Path, save: Callable[[Path], Any]) -> None:
+    """Has ``save`` write a file, and the file on the disk."""
+    save(path)
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+def copy_into(into: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(loaded[name])
+
+
+class Into:
+    """Takes what Fabric has loaded into the tensors that there are, as a module does."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def load_state_dict(self, loaded: dict[str, torch.Tensor]) -> None:
+        copy_into(self._tensors, loaded)
+
+
+FABRIC = Fabric(accelerator="cpu", devices=1)
+
+
 def of_rank(rank: int, world_size: int, setting: Setting, meeting: str, to: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -137,6 +168,8 @@ def saves(ranks: Ranks) -> dict[str, Any]:
     }
     if ranks.world_size == 1:
         ways["torch.save"] = lambda: torch_save(ranks.root / "file", state)
+        ways["fabric.save"] = lambda: durable(ranks.root / "fabric", lambda path: FABRIC.save(path, state))
+        ways["safetensors"] = lambda: durable(ranks.root / "weights", lambda path: save_file(tensors, path))
     return ratios(ranks.measure(ways, clean=True))
 
 
@@ -155,7 +188,10 @@ def loads(ranks: Ranks) -> dict[str, Any]:
     }
     if ranks.world_size == 1:
         torch_save(one, {"model": tensors})
+        save_file(tensors, ranks.root / "weights")
         ways["torch.load"] = lambda: torch.load(one)
+        ways["fabric.load"] = lambda: FABRIC.load(one, {"model": Into(into)})
+        ways["safetensors"] = lambda: copy_into(into, load_file(ranks.root / "weights"))
     measured = ratios(ranks.measure(ways, clean=False))
     assert all(torch.equal(into[name], tensors[name]) for name in into)
     extra = {name: extra_memory(ways[name]) for name in ways}

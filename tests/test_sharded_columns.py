@@ -245,3 +245,34 @@ def test_a_state_of_before_schemas_goes_on(tmp_path: Path) -> None:
     loader = make(tmp_path, batch_size=2)
     loader.load_state_dict(state)
     assert [batch["a"].tolist() for batch in loader] == [[1, 2]]
+
+
+# -- Arrow until somebody wants Python rows
+
+
+def test_rows_by_number_reach_the_collate_function_as_one_table(tmp_path: Path) -> None:
+    loader = make(write(tmp_path, {"a": INTS, "b": ["x", "y"]}))
+    assert isinstance(loader.dataset.fetch_keyed([0, 1], lambda _: None), pa.Table)
+    with_rows = make(tmp_path, transform=lambda row: row["a"], collate_fn=list)
+    assert with_rows.dataset.fetch_keyed([0, 1], lambda _: None) == [1, 2]
+
+
+@pytest.mark.parametrize("options", [{"group": BatchByLength(window=2, key=len)}, {"filter": len}])
+def test_streamed_rows_become_python_only_where_code_of_the_user_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    made: list[int] = []
+    stock = Rows.sample
+    monkeypatch.setattr(Rows, "sample", lambda rows, index: made.append(index) or stock(rows, index))
+    numbers = {"a": list(range(7))}
+    seen = [int(n) for batch in make(write(tmp_path, numbers), **options) for n in batch["a"]]
+    assert sorted(seen) == numbers["a"]
+    assert 7 <= len(made) < 14, "for the filter or the key, and not again for the batch"
+
+
+def test_streamed_rows_that_nobody_looks_at_stay_in_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a": list(range(7))})
+    part = ShardedDataset.from_path(tmp_path)
+    monkeypatch.setattr(Rows, "sample", lambda *_: pytest.fail("a row was made a Python object"))
+    loader = StreamMixture([part], [1]).create_dataloader(batch_size=3)
+    assert sorted(int(n) for batch in loader for n in batch["a"]) == list(range(7))

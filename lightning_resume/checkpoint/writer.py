@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -87,7 +87,7 @@ def write_checkpoint(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         sequence=0,
         topology=dict(topology or {}),
-        versions=_versions(),
+        versions=dict(_versions()),
         components=dict(components or {}),
         files={},
         save_seconds=0.0,
@@ -223,7 +223,8 @@ def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     found = {name: _version_of(packages) for name, packages in _PACKAGES.items()}
     return {**{name: text for name, text in found.items() if text is not None}, "python": platform.python_version()}
 
