@@ -247,9 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill_matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every cell; without it, those without workers")
     parser.add_argument("--parallel", type=int, default=1, help="cells to run at the same time (default: 1)")
+    parser.add_argument("--async-save", choices=["thread", "process"], help="save like this in every cell")
     chosen = parser.parse_args(arguments)
     begun = time.monotonic()
-    cells = [cell for cell in CELLS if chosen.all or cell.workers == 0] + ASYNC_CELLS
+    cells = [cell for cell in CELLS if chosen.all or cell.workers == 0]
+    if chosen.async_save:
+        cells = [dataclasses.replace(cell, async_save=chosen.async_save) for cell in cells]
+    else:
+        cells += ASYNC_CELLS
     results = run_matrix(cells, parallel=chosen.parallel)
     exact = sum(not result.differences for result in results)
     print(f"\n{table(results)}\n\n{exact} of {len(results)} exact, {time.monotonic() - begun:.0f} s")
