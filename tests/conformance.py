@@ -378,26 +378,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The conformance suite in its large setting.")
     parser.add_argument("--examples", type=int, default=500, help="chains of changes, for each loader")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs, for each loader")
-    parser.add_argument("-n", default="1", help="modules at the same time")
+    parser.add_argument("-n", default="1", help="loaders at the same time")
     parser.add_argument("-k", default="", help="which loaders, as pytest's -k")
     chosen = parser.parse_args()
     large = {EXAMPLES: str(chosen.examples), KILLS: str(chosen.kills)}
     which = "(chain_of_changes_keeps or sigkill)" + (f" and ({chosen.k})" if chosen.k else "")
     modules = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "Conformance" in path.read_text()]
-    at_once = ["-n", chosen.n, "--dist", "loadfile"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "timeout=0",
-        "--durations=10",
-        *at_once,
-        "-k",
-        which,
-        *modules,
-    ]
+    options = ["-v", "-o", "timeout=0", "-n", chosen.n, "--dist", "loadscope", "-k", which]
+    command = [sys.executable, "-m", "pytest", *options, *modules]
     return subprocess.call(command, cwd=ROOT, env={**os.environ, **large})
 
 
