@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -126,6 +126,32 @@ def scatter_object(objs: Sequence[T], src: int) -> T:
     with together():
         dist.scatter_object_list(box, list(objs) if rank() == src else None, src=src, group=group())
     return box[0]  # type: ignore[no-any-return]
+
+
+@final
+class Carrier:
+    """Gives bytes in main memory, of any rank, to all ranks. Made by all of them."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = rank(), world_size()
+        default = dist.distributed_c10d._get_default_group()
+        on_cpu = torch.device("cpu") in default._device_types
+        self._made = None if on_cpu else new_group()
+        self._group = group() if on_cpu else self._made
+
+    def send(self, memory: torch.Tensor, src: int) -> None:
+        """Makes ``memory`` what it is on rank ``src``; it is as large on every rank."""
+        with together():
+            dist.broadcast(memory, src, group=self._group)
+
+    def goes_on(self, can: bool, src: int) -> bool:
+        """What rank ``src`` says of whether it can send."""
+        said = torch.tensor([can])
+        self.send(said, src)
+        return bool(said)
+
+    def close(self) -> None:
+        end_group(self._made)
 
 
 @contextlib.contextmanager

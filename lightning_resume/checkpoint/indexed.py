@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, TypeVar, final
 
 import torch
 import xxhash
@@ -23,13 +21,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from lightning_resume._distributed import local_world_size
+from lightning_resume._distributed import Carrier, all_gather_object, world_size
 from lightning_resume.checkpoint._dcp import ObjectPath, local_boxes, local_target
-from lightning_resume.checkpoint.archive import memory_of
 from lightning_resume.checkpoint.catalog import TensorInfo, check_apart, check_paths
 from lightning_resume.checkpoint.index import Box, Index, Pages, Placed
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.names import INDEX_NAME
+from lightning_resume.checkpoint.reads import Piece, Read, digest_of, fetch_all, fetch_shared, local_readers
 from lightning_resume.errors import CheckpointCorruptError, CheckpointIncompleteError
 
 T = TypeVar("T")
@@ -105,10 +103,8 @@ class IndexedContent:
         if info.dtype is not None:
             self._check_covers(key, ((0,) * len(info.shape), info.shape), self._find(key))
 
-    def fill(self, flat: dict[str, Any], decode: Callable[[str, bytes], Any]) -> dict[str, Any]:
-        """Reads what the tensors of ``flat`` want, straight into them; returns the other values by key.
-
-        Everything that is wanted is found before anything is read.
+    def fill(self, flat: dict[str, Any], decode: Callable[[str, bytes], Any]) -> Filling:
+        """Finds what the tensors of ``flat`` want, which :meth:`Filling.run` reads straight into them.
 
         Args:
             flat: Tensors, DTensors and ShardedTensors by key; any value for what is none.
@@ -121,9 +117,14 @@ class IndexedContent:
         by_place = {(key, placed.box[0]): placed for key, items in found.items() for placed in items}
         reads = [self._read_of(flat, item, by_place) for item in plan.items if item.type == LoadItemType.TENSOR]
         reads.sort(key=lambda read: (read.placed.file, read.placed.item.offset, read.start))
-        self._run([piece for read in reads for piece in read.pieces(self._piece_bytes)])
+        size, readers = (_REMOTE_PIECE_BYTES, _REMOTE_READERS) if self._source.is_remote else (_PIECE_BYTES, 0)
+        pieces = [piece for read in reads for piece in read.pieces(size)]
         objects = [item.storage_index.fqn for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        return {key: decode(key, self._object(key, found[key])) for key in objects}
+        decoded = {key: partial(self._decoded, key, found[key], decode) for key in objects}
+        return Filling(pieces, decoded, readers=readers or local_readers(), is_remote=self._source.is_remote)
+
+    def _decoded(self, key: str, items: Sequence[Placed], decode: Callable[[str, bytes], Any]) -> Any:
+        return decode(key, self._object(key, items))
 
     def verify(self, name: str, read: Callable[[int], None]) -> None:
         """Reads all of one file and checks it, as :meth:`~ItemSource.verify_pages` does."""
@@ -168,7 +169,7 @@ class IndexedContent:
         chunks = [_chunk(placed) for placed in items]
         return TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks)
 
-    def _read_of(self, flat: dict[str, Any], item: ReadItem, by_place: Mapping[Any, Placed]) -> _Read:
+    def _read_of(self, flat: dict[str, Any], item: ReadItem, by_place: Mapping[Any, Placed]) -> Read:
         key = item.storage_index.fqn
         placed = by_place[key, tuple(item.storage_index.offset or ())]
         target = local_target(flat, item.dest_index)
@@ -177,25 +178,7 @@ class IndexedContent:
         dtype = self._index.keys[key].dtype
         assert dtype is not None
         part = (tuple(item.storage_offsets), tuple(item.lengths))
-        return _Read(self._source, self._file(placed), placed, part, target, dtype, f"item {key!r}")
-
-    def _run(self, pieces: Sequence[Callable[[], None]]) -> None:
-        readers = _REMOTE_READERS if self._source.is_remote else _readers()
-        if readers == 1 or len(pieces) < 2:
-            for piece in pieces:
-                piece()
-            return
-        with ThreadPoolExecutor(min(readers, len(pieces)), thread_name_prefix="lightning-resume-read") as pool:
-            running = [pool.submit(piece) for piece in pieces]
-            try:
-                for future in running:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    @property
-    def _piece_bytes(self) -> int:
-        return _REMOTE_PIECE_BYTES if self._source.is_remote else _PIECE_BYTES
+        return Read(self._source, self._file(placed), placed, part, target, dtype, f"item {key!r}")
 
     def _object(self, key: str, items: Sequence[Placed]) -> bytes:
         if len(items) != 1:
@@ -220,89 +203,34 @@ class IndexedContent:
         )
 
 
-class _Read:
-    """One part of one stored shard on its way into ``target``."""
+@final
+class Filling:
+    """What is to be read into tensors, found and not yet read."""
 
     def __init__(
-        self,
-        source: ItemSource,
-        file: str,
-        placed: Placed,
-        part: Box,
-        target: torch.Tensor,
-        dtype: torch.dtype,
-        what: str,
+        self, pieces: Sequence[Piece], objects: Mapping[str, Callable[[], Any]], *, readers: int, is_remote: bool
     ) -> None:
-        self.placed = placed
-        self._source, self._file, self._target, self._dtype, self._what = source, file, target, dtype, what
-        sizes = placed.box[1]
-        self._strides = [math.prod(sizes[d + 1 :]) * dtype.itemsize for d in range(len(sizes))]
-        self._offsets, self._lengths = part
-        self.start = sum(offset * stride for offset, stride in zip(self._offsets, self._strides, strict=True))
+        self._pieces, self._objects, self._readers, self._is_remote = pieces, objects, readers, is_remote
+        self._carrier: Carrier | None = None
 
-    def pieces(self, size: int) -> Iterator[Callable[[], None]]:
-        """What is to be done, in steps of about ``size`` bytes of data that can be done in any order."""
-        if self._target.numel() == 0:
-            return
-        if self._is_one_range() and self._is_plain():
-            memory, total = memory_of(self._target), self._target.nbytes
-            # a step ends where a block does, so that none is read twice
-            edges = [self.start, *range((self.start // size + 1) * size, self.start + total, size), self.start + total]
-            for first, end in itertools.pairwise(edges):
-                yield self._direct(memory, first, end)
+    def share(self) -> None:
+        """Has each byte that all ranks want read by one of them, and sent to the others. A collective.
+
+        Of a local disk all read alike: what one has read lies in memory, for all of a machine, and comes from there
+        faster than from another rank.
+        """
+        wanted = all_gather_object((digest_of(self._pieces), self._is_remote))
+        if world_size() > 1 and set(wanted) == {(digest_of(self._pieces), True)} and self._pieces:
+            self._carrier = Carrier()
+
+    def run(self) -> dict[str, Any]:
+        """Reads it; returns the values that are no tensors by key."""
+        if self._carrier is None:
+            fetch_all(self._pieces, self._readers)
         else:
-            yield lambda: self._by_slabs(self._target, self._offsets, 0, size)
-
-    def _direct(self, memory: memoryview, first: int, end: int) -> Callable[[], None]:
-        into = memory[first - self.start : end - self.start]
-        return lambda: self._source.read_into(self._file, self.placed.item, first, end, into, self._what)
-
-    def _by_slabs(self, target: torch.Tensor, offsets: Sequence[int], dimension: int, size: int) -> None:
-        """Reads what does not lie in one range, or not as it is wanted, by way of a buffer of about ``size`` bytes."""
-        lengths = target.shape
-        start = sum(offset * stride for offset, stride in zip(offsets, self._strides, strict=True))
-        last = sum((length - 1) * stride for length, stride in zip(lengths, self._strides, strict=True))
-        span = last + self._dtype.itemsize
-        if span > size and dimension < target.ndim:
-            if lengths[dimension] == 1:
-                self._by_slabs(target, offsets, dimension + 1, size)
-                return
-            rows = max(1, size // self._strides[dimension])
-            for row in range(0, lengths[dimension], rows):
-                inner = list(offsets)
-                inner[dimension] += row
-                count = min(rows, lengths[dimension] - row)
-                self._by_slabs(target.narrow(dimension, row, count), inner, dimension + (count == 1), size)
-            return
-        buffer = torch.empty(span // self._dtype.itemsize, dtype=self._dtype)
-        self._source.read_into(self._file, self.placed.item, start, start + span, memory_of(buffer), self._what)
-        strides = [stride // self._dtype.itemsize for stride in self._strides]
-        target.copy_(buffer.as_strided(lengths, strides))
-
-    def _is_one_range(self) -> bool:
-        """Whether what is wanted lies in one piece: whole rows, or a part of one."""
-        sizes, is_whole = self.placed.box[1], True
-        for length, size in zip(reversed(self._lengths), reversed(sizes), strict=True):
-            if not is_whole and length != 1:
-                return False
-            is_whole = is_whole and length == size
-        return True
-
-    def _is_plain(self) -> bool:
-        target = self._target
-        return (
-            target.device.type == "cpu"
-            and target.dtype == self._dtype
-            and target.is_contiguous()
-            and not target.is_conj()
-            and not target.is_neg()
-        )
-
-
-def _readers() -> int:
-    """Threads that read at once: what this machine has for each of its ranks, up to four."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores // local_world_size()))
+            with contextlib.closing(self._carrier):
+                fetch_shared(self._pieces, self._readers, self._carrier)
+        return {key: decoded() for key, decoded in self._objects.items()}
 
 
 def _chunk(placed: Placed) -> ChunkStorageMetadata:

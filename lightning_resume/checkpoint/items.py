@@ -86,6 +86,16 @@ class ItemSource:
         else:
             self._read_local(name, item, start, stop, into, what)
 
+    def check(self, name: str, item: StoredItem, start: int, stop: int, data: memoryview, what: str) -> None:
+        """Compares the data of ``item`` from byte ``start`` to ``stop``, read by another rank; blocks that lie within.
+
+        Raises:
+            CheckpointCorruptError: It differs from what was saved.
+        """
+        for number, first, end in blocks_of(item.data, start, stop):
+            if start <= first and end <= stop:
+                self._check(f"file {name}, {what}", item, number + 1, data[first - start : end - start])
+
     def verify_pages(self, name: str, read: Callable[[int], None]) -> None:
         """Reads the file ``name`` of the manifest and checks it; ``read`` is told of every so many bytes.
 

@@ -19,14 +19,14 @@ from lightning_resume.checkpoint._dcp import (
     unflatten_state_dict,
 )
 from lightning_resume.checkpoint.catalog import TensorInfo
-from lightning_resume.checkpoint.indexed import IndexedContent
+from lightning_resume.checkpoint.indexed import Filling, IndexedContent
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.layout import Kind, classify, list_checkpoints, resolve
 from lightning_resume.checkpoint.manifest import Manifest, read_manifest
 from lightning_resume.checkpoint.names import MANIFEST_NAME, META_NAME, is_staged
 from lightning_resume.checkpoint.paths import AnyPath, PathLike, as_path, size_of
 from lightning_resume.checkpoint.safe import safe_load
-from lightning_resume.checkpoint.stock import StockContent
+from lightning_resume.checkpoint.stock import StockContent, StockFilling
 from lightning_resume.errors import (
     CheckpointCorruptError,
     CheckpointIncompleteError,
@@ -99,7 +99,8 @@ class CheckpointReader:
     def load_into(self, state: dict[str, Any], *, together: bool | None = None) -> None:
         """Fills the tensors in ``state`` in place and replaces its other values, as ``dcp.load`` does.
 
-        Every rank reads what it needs. When reading itself fails, tensors may be filled in part.
+        Every rank reads what it needs; of a remote store, what all of them need is read once and sent to the others.
+        When reading itself fails, tensors may be filled in part.
 
         Args:
             state: What to fill.
@@ -117,7 +118,10 @@ class CheckpointReader:
             together = is_distributed() and any(map(is_distributed_tensor, flatten_state_dict(state)[0].values()))
         run: Callable[[str, Callable[[], Any]], Any] = agree if together else _alone
         run(f"checking the state against {self.path}", partial(self._check_fits, flat))
-        for key, value in run(f"loading {self.path}", partial(self._fill, flat)).items():
+        filling: Filling | StockFilling = run(f"finding what to load of {self.path}", partial(self._fill, flat))
+        if together:
+            filling.share()
+        for key, value in run(f"loading {self.path}", filling.run).items():
             set_element(state, mappings[key], value)
 
     def read(self, prefixes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -134,7 +138,7 @@ class CheckpointReader:
         for key in wanted:
             self._content.check_covered(key)  # before room is made for what may not be there
         flat = {key: _empty(self.keys[key]) for key in wanted}
-        flat |= self._fill(flat)
+        flat |= self._fill(flat).run()
         return unflatten_state_dict(flat, dict(self.mappings))
 
     def meta(self, *, weights_only: bool = True) -> Any:
@@ -193,8 +197,8 @@ class CheckpointReader:
             if getattr(value, "is_meta", False):
                 raise _mismatch(key, "the device", saved=_describe(saved), current="meta; materialize it first")
 
-    def _fill(self, flat: dict[str, Any]) -> dict[str, Any]:
-        """Reads what is stored into the tensors of ``flat``; returns the other values by key."""
+    def _fill(self, flat: dict[str, Any]) -> Filling | StockFilling:
+        """What is stored of the tensors of ``flat``, found and not yet read."""
 
         def decode(key: str, data: bytes) -> Any:
             return self._decode(f"item {key!r}", partial(safe_load, data, trust=self.trust))

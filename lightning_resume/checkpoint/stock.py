@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
@@ -61,8 +62,8 @@ class StockContent:
         """
         self._catalog.check_covered(key)
 
-    def fill(self, flat: dict[str, Any], decode: Callable[[str, bytes], Any]) -> dict[str, Any]:
-        """Copies what is stored into the tensors of ``flat``; returns the other values by key.
+    def fill(self, flat: dict[str, Any], decode: Callable[[str, bytes], Any]) -> StockFilling:
+        """Finds what the tensors of ``flat`` want, which :meth:`StockFilling.run` copies into them.
 
         Args:
             flat: Tensors, DTensors and ShardedTensors by key; any value for what is none.
@@ -70,6 +71,9 @@ class StockContent:
         """
         for key in flat:
             self._catalog.check_covered(key)
+        return StockFilling(partial(self._filled, flat, decode))
+
+    def _filled(self, flat: dict[str, Any], decode: Callable[[str, bytes], Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for requests, data in self._items(self._requests(flat)):
             index = requests[0].storage_index
@@ -125,6 +129,17 @@ class StockContent:
         tensor = load_tensor(data, name=f"{self._source.folder}: item {index.fqn!r}")
         self._catalog.check_item(index, tensor)
         return tensor
+
+
+@final
+class StockFilling:
+    """What is to be copied into tensors; :meth:`run` does it, and returns the values that are no tensors by key."""
+
+    def __init__(self, run: Callable[[], dict[str, Any]]) -> None:
+        self.run = run
+
+    def share(self) -> None:
+        """Each rank reads for itself."""
 
 
 def _place(info: StorageInfo) -> tuple[str, int, int]:
