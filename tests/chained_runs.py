@@ -88,10 +88,12 @@ def check(
     tail: Tail,
     *,
     evens_out: bool = False,
+    piece: int = 1,
 ) -> None:
     """Compares what a chain saw with ``whole``, an uninterrupted run at its first topology that went further.
 
-    ``evens_out`` is of a loader that repeats samples in every epoch so that the ranks' parts are equal.
+    ``evens_out`` is of a loader that repeats samples in every epoch so that the ranks' parts are equal; of ``piece``
+    samples, none comes without the others.
 
     Raises:
         AssertionError: More was lost or repeated than is declared, or the order is another than is declared.
@@ -101,7 +103,7 @@ def check(
     if not (unchanged or exact) and evens_out:
         _check_each_is_seen(seen, whole, capabilities)
     elif not (unchanged or exact):
-        _check_counts(seen, whole, capabilities, tail)
+        _check_counts(seen, whole, capabilities, tail, piece)
     elif tail is Tail.DROP:
         _check_order_of_full_steps(seen, whole)
     else:
@@ -128,20 +130,18 @@ def _check_order_of_full_steps(seen: Account, whole: Account) -> None:
             assert len(epoch) > len(expected) - topology.step_size
 
 
-def _check_counts(seen: Account, whole: Account, capabilities: Capabilities, tail: Tail) -> None:
+def _check_counts(seen: Account, whole: Account, capabilities: Capabilities, tail: Tail, piece: int) -> None:
     """Whatever the order: how often each sample of the uninterrupted run was seen."""
     mine, others = (Counter(itertools.chain(*account.all(EPOCHS))) for account in (seen, whole))
     lost, repeated = (others - mine).total(), (mine - others).total()
-    dropped = 0
     if tail is Tail.DROP:  # the two runs may drop other samples, and more of them
-        dropped = sum(topology.step_size - 1 for topology in (*seen.ended_at, *whole.ended_at[:EPOCHS]))
-    elif tail is Tail.CARRY:  # either run may leave to the next epoch what fills no step
-        dropped = sum(
-            topology.step_size - 1 for topology in (*seen.ended_at[-1:], *whole.ended_at[EPOCHS - 1 : EPOCHS])
-        )
-    assert repeated <= seen.resumes * capabilities.repeated + dropped, f"{repeated} repeated in {seen.resumes} resumes"
+        left = sum(topology.step_size - 1 for topology in (*seen.ended_at, *whole.ended_at[:EPOCHS]))
+    else:  # either run may leave to the next epoch what fills no step, or has not a sample for each rank
+        last = *seen.ended_at[-1:], *whole.ended_at[EPOCHS - 1 : EPOCHS]
+        left = piece * sum((end.step_size if tail is Tail.CARRY else end.world_size) - 1 for end in last)
+    assert repeated <= seen.resumes * capabilities.repeated + left, f"{repeated} repeated in {seen.resumes} resumes"
     if whole.ended_at:  # what a stream without end still holds is not lost
-        assert lost <= seen.resumes * capabilities.lost + dropped, f"{lost} lost in {seen.resumes} resumes"
+        assert lost <= seen.resumes * capabilities.lost + left, f"{lost} lost in {seen.resumes} resumes"
 
 
 def _check_each_is_seen(seen: Account, whole: Account, capabilities: Capabilities) -> None:

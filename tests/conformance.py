@@ -371,7 +371,7 @@ class LoaderConformance(LoaderRuns):
         run = self.begun(legs[0].topology, folder)
         while (self.length and run.ended <= EPOCHS) or len(whole.all()[0]) < len(seen.all()[0]):
             whole.take(run, legs[0].topology, samples)
-        check_chain(seen, whole, legs, capabilities, self.tail, evens_out=self.evens_out)
+        check_chain(seen, whole, legs, capabilities, self.tail, evens_out=self.evens_out, piece=self.piece)
 
 
 def main() -> int:

@@ -29,6 +29,8 @@ class LoaderRuns:
     """Whether each epoch holds ``length`` samples; a mixture's end where a dataset does."""
     evens_out = False
     """Whether it repeats samples in every epoch so that the ranks' parts are equal."""
+    piece = 1
+    """So many of what ``ids`` counts come together only, as the tokens of a packed row do."""
     epochs = 3
     endless_steps = 10
     """How far a stream without end is followed."""

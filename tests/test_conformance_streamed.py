@@ -124,6 +124,7 @@ class TestPacking(StreamConformance):
 
     format = "jsonl"
     options: ClassVar[dict[str, Any]] = {"lanes": 2, "group": Packing(3), "transform": tokens_of}
+    piece = 3
     length = sum(len(tokens_of({"id": number})) for number in range(14))
     batch_sizes = (2, 1, 3)
 
