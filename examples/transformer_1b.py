@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a small model on CPU processes")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps from here")
+    parser.add_argument("--save-every", type=int, default=5, help="in optimizer steps")
     parser.add_argument("--checkpoint", default="runs/transformer-1b/checkpoint")
     args = parser.parse_args()
 
@@ -65,13 +66,14 @@ def main() -> None:
             optimizer.zero_grad()
             state["iteration"] += 1
             fabric.print(f"iteration {state['iteration']} loss {loss.item():.9f}", flush=True)
+            # 5. Save: every device writes its own shard
+            if state["iteration"] % args.save_every == 0 or state["iteration"] == end:
+                start = time.perf_counter()
+                fabric.save(args.checkpoint, state)
+                files = ", ".join(sorted(os.listdir(args.checkpoint)))
+                fabric.print(f"Saved in {time.perf_counter() - start:.2f} s: {files}", flush=True)
             if state["iteration"] == end:
                 break
-
-    # 5. Save: every device writes its own shard
-    start = time.perf_counter()
-    fabric.save(args.checkpoint, state)
-    fabric.print(f"Saved in {time.perf_counter() - start:.2f} s: {', '.join(sorted(os.listdir(args.checkpoint)))}")
 
     fabric.barrier()
     torch.distributed.destroy_process_group()  # without this, a gloo process may abort while the interpreter exits

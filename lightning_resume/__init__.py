@@ -4,7 +4,7 @@ from lightning_resume.callback import ResumeCallback
 from lightning_resume.checkpoint.retention import KeepAll, KeepBest, KeepEvery, KeepLast
 from lightning_resume.data.adapters.protocol import LoaderAdapter
 from lightning_resume.data.adapters.registry import register_adapter
-from lightning_resume.data.capabilities import Capabilities
+from lightning_resume.data.capabilities import Capabilities, Change, Order, Randomness
 from lightning_resume.data.dispatch import dispatched
 from lightning_resume.data.mixture import Mixture
 from lightning_resume.data.order import Tail
@@ -52,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchByLength",
     "Capabilities",
+    "Change",
     "CheckpointCorruptError",
     "CheckpointIncompleteError",
     "CheckpointInfo",
@@ -70,8 +71,10 @@ __all__ = [
     "MissingPackageError",
     "Mixture",
     "NonFiniteWarning",
+    "Order",
     "OutOfStepError",
     "Packing",
+    "Randomness",
     "RankLostError",
     "ReplicaMismatchError",
     "ResumableDDPStrategy",

@@ -40,7 +40,8 @@ def locate(path: PathLike) -> tuple[list[AnyPath], Kind]:
                 return [one.path for one in found], Kind.RESUMABLE
         if kind in (Kind.MISSING, Kind.NOT_A_CHECKPOINT):
             raise CheckpointNotFoundError(
-                f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was saved."
+                f"{str(path)!r} is no checkpoint: found {kind.value}. Pass the folder or file that was"
+                " saved; where there may be none yet, catch CheckpointNotFoundError and begin a fresh run."
             )
         return [as_path(path)], kind
 

@@ -81,7 +81,7 @@ def test_verify_names_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str
 
 def test_verify_of_a_run_folder_names_its_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run)]) == 1
-    assert "Load one of its checkpoints, newest first" in capsys.readouterr().err
+    assert "Name one of its checkpoints, newest first" in capsys.readouterr().err
 
 
 def test_verify_shows_a_bar_where_it_is_asked_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

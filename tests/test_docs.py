@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,14 @@ def defines(path: str, name: str) -> bool:
     if "LoaderConformance" in source:  # a suite's tests are those of its base
         source += (ROOT / SUITE).read_text()
     return re.search(rf"(def|class) {name}\b", source) is not None
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_what_a_page_imports_of_ours_is_there(page: Path) -> None:
+    text = page.read_text()
+    found = re.findall(r"^from (lightning_resume[\w.]*) import (?:\(([^)]*)\)|(.+))$", text, re.MULTILINE)
+    for module, several, one in found:
+        names = [name.strip() for name in (several or one).split("#")[0].split(",") if name.strip()]
+        assert [name for name in names if not hasattr(importlib.import_module(module), name)] == []

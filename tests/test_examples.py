@@ -124,6 +124,7 @@ def test_the_large_example_goes_on_with_another_number_of_devices(tmp_path: Path
     assert list(losses(first)) == [1, 2, 3]
     assert "__0_0.distcp, __1_0.distcp, manifest.json, meta.pt" in first
     assert "Loaded iteration 3" in second
+    assert second.count("Saved in") == 2  # after the fifth, and at the end
     assert list(losses(second)) == [4, 5, 6]
 
 

@@ -186,3 +186,29 @@ def test_what_is_no_loader_is_refused() -> None:
 
 def test_a_tail_may_be_named() -> None:
     assert len(make_resumable(DataLoader([1, 2, 3], batch_size=2), tail="drop")) == 1
+
+
+# -- what is said of wrong uses
+
+
+def test_paths_are_no_datasets_to_mix() -> None:
+    for mixture in (Mixture, StreamMixture):
+        with pytest.raises(TypeError, match=r"Dataset 0 of the mixture is the path 'books/'.*from_path\('books/'\)"):
+            mixture(["books/"], [1.0])
+
+
+def test_a_dataset_is_not_made_of_a_path_alone() -> None:
+    with pytest.raises(TypeError, match=r"create_dataloader\('corpus/', ...\)"):
+        ShardedDataset("corpus/")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_is_not_there_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There are no files.*nowhere/'. Pass a folder, a glob, or a list"):
+        make(f"{tmp_path}/nowhere/", kind)
+
+
+def test_text_is_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n")
+    with pytest.raises(ValueError, match=r"a\.txt: a sample to pack is text; make it tokens in `transform`"):
+        list(make(tmp_path, "text", group=Packing(4)))

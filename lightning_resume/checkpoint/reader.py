@@ -237,7 +237,7 @@ def _open(path: AnyPath) -> Manifest | None:
 def _hint(path: AnyPath, kind: Kind) -> str:
     if kind is Kind.RUN_FOLDER:
         names = [checkpoint.name for checkpoint in list_checkpoints(path)]
-        return f" Load one of its checkpoints, newest first: {', '.join(names) or 'none of them is complete'}."
+        return f" Name one of its checkpoints, newest first: {', '.join(names) or 'none of them is complete'}."
     if kind is Kind.SINGLE_FILE:
         return " Read a single-file checkpoint with torch.load or the strategy's own load_checkpoint."
     return " Check the path."

@@ -8,6 +8,7 @@ both a block's counts and what came before it are arithmetic. Within a block a k
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, final
@@ -134,7 +135,14 @@ def listed(datasets: Iterable[Any]) -> list[Any]:
     """The datasets of a mixture; raises TypeError for one that is not in a list."""
     if isinstance(datasets, (Dataset, str)) or not isinstance(datasets, Iterable):
         raise TypeError(f"A mixture takes a list of datasets, not a {type(datasets).__name__}: pass `[dataset, ...]`.")
-    return list(datasets)
+    found = list(datasets)
+    for number, dataset in enumerate(found):
+        if isinstance(dataset, (str, os.PathLike)):
+            raise TypeError(
+                f"Dataset {number} of the mixture is the path {str(dataset)!r}. Pass a dataset of its files:"
+                f" ShardedDataset.from_path({str(dataset)!r}), or that of ShardedDataset.create_dataloader."
+            )
+    return found
 
 
 def source_of(dataset: Any, *, shuffle: bool) -> Source:

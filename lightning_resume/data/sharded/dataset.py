@@ -89,7 +89,12 @@ class ShardedDataset:
     that iterates over it.
     """
 
-    def __init__(self, files: Files, options: Options) -> None:
+    def __init__(self, files: Files, options: Options | None = None) -> None:
+        if options is None:
+            raise TypeError(
+                f"Make it by ShardedDataset.create_dataloader({files!r}, ...), which gives the loader and the dataset,"
+                " or by ShardedDataset.from_path, the dataset alone."
+            )
         self.files, self.options = files, options
         self._loader: Callable[[], Resumable | None] = _nobody
 

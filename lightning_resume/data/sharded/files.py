@@ -64,6 +64,10 @@ def fingerprint(shards: Iterable[Shard]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def _none_at(path: Any, suffixes: Sequence[str]) -> FileNotFoundError:
+    return FileNotFoundError(f"There are no files{_ending(suffixes)} at {path!r}. Pass a folder, a glob, or a list.")
+
+
 def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Mapping[str, Any] | None = None) -> Files:
     """The files at ``path``: a folder (all below that end in one of ``suffixes``), a glob, a file, or a list of these.
 
@@ -83,10 +87,13 @@ def list_files(path: Paths, *, suffixes: Sequence[str] = (), storage_options: Ma
     for one in given:
         filesystem, text = _filesystem(os.fspath(one), options)
         filesystems[filesystem.unstrip_protocol("")] = filesystem
-        base, here = _found(filesystem, text, suffixes)
+        try:
+            base, here = _found(filesystem, text, suffixes)
+        except FileNotFoundError as error:
+            raise _none_at(one, suffixes) from error
         bases, found = [*bases, base], found + here
     if not found:
-        raise FileNotFoundError(f"There are no files{_ending(suffixes)} at {path!r}. Pass a folder, a glob, or a list.")
+        raise _none_at(path, suffixes)
     if len(filesystems) > 1:
         raise ValueError(f"{path!r} lies on several filesystems: {sorted(filesystems)}. Use one for a dataset.")
     [(most_common, times)] = collections.Counter(name for name, _ in found).most_common(1)

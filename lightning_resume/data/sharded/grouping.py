@@ -165,6 +165,8 @@ class Packing(Group):
             if self._key not in sample:
                 raise ValueError(f"{found.url}: a sample has no {self._key!r}; it has {list(sample)}.")
             values = sample[self._key]
+        if isinstance(values, (str, bytes)):
+            raise ValueError(f"{found.url}: a sample to pack is text; make it tokens in `transform`.")
         tokens = torch.as_tensor(values)
         if tokens.dim() != 1 or (len(tokens) and tokens.is_floating_point()):
             raise ValueError(
