@@ -224,7 +224,7 @@ def trained(width: int, steps: int, folder: str, *, callback: bool) -> float:
 def callback(rounds: int, steps: int) -> dict[str, Any]:
     found, folders = {}, itertools.count()
     with tempfile.TemporaryDirectory() as folder:
-        for name, width, count in (("1 ms", 64, steps), ("10 ms", 1024, steps // 5 + 11)):
+        for name, width, count in (("1 ms", 64, steps), ("10 ms", 1700, steps // 10 + 11)):
             ways = {
                 "without": lambda width=width, count=count: trained(width, count, "", callback=False),
                 "with ResumeCallback": lambda width=width, count=count: trained(

@@ -37,6 +37,9 @@ import torch
 from anchors import Way, ways
 from rows import Data, write_data
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.loader_packages import imported
+
 POINTS = (10, 50, 90)
 """Where an epoch is stopped, in percent."""
 COUNTED = 50
@@ -221,9 +224,15 @@ def main() -> None:
         if not way.is_installed:
             print(f"{way.name}: left out, for {way.package} is not installed.")
     chosen = [way for way in chosen if way.is_installed]
-    for name in (*PRELOADED, *(way.package for way in chosen if way.package)):
+    for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    for way in [way for way in chosen if way.package]:
+        try:
+            imported(way.package)
+        except ImportError as error:
+            print(f"{way.name}: left out, for {way.package} cannot be imported: {error}.")
+            chosen.remove(way)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         data = Data(folder=Path(folder), rows=options.rows, batch_size=options.batch_size)
         in_a_process(lambda: write_data(data, files=options.files, row_group=options.row_group))

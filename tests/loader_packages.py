@@ -47,21 +47,31 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def package(name: str, *modules: str) -> Any:
     """The package's module ``name``, with ``modules`` imported too; skips the module that asks, on CI fails it."""
-    finder, before = _StandIns(), set(sys.modules)
-    sys.meta_path.append(finder)  # the last: what is really installed is found first
     try:
-        imported = importlib.import_module(name)
-        for module in modules:
-            importlib.import_module(f"{name}.{module}")
+        return imported(name, *modules)
     except ModuleNotFoundError as error:
         reason = f"needs the package of {name}: make .venv ({error})"
         if os.environ.get("CI"):
             raise AssertionError(reason) from error
         pytest.skip(reason, allow_module_level=True)
+
+
+def imported(name: str, *modules: str) -> Any:
+    """The package's module ``name``, with ``modules`` imported too.
+
+    Raises:
+        ModuleNotFoundError: It is not installed, or lacks more than what is stood in for.
+    """
+    finder, before = _StandIns(), set(sys.modules)
+    sys.meta_path.append(finder)  # the last: what is really installed is found first
+    try:
+        found = importlib.import_module(name)
+        for module in modules:
+            importlib.import_module(f"{name}.{module}")
     finally:
         sys.meta_path.remove(finder)
         _forget(set(sys.modules) - before)
-    return imported
+    return found
 
 
 def _forget(modules: Sequence[str] | set[str]) -> None:

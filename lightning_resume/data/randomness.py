@@ -110,16 +110,17 @@ class SampleSeeds:
     """Seeds the random number generators for the n-th of some samples, when it is called."""
 
     def __init__(self, keys: Sequence[Key]) -> None:
-        self._keys = keys
+        # together: what samples do between them pushes the code of this out of the processor's caches
+        self._keys, self._seeds = keys, [keyed_seed(*key) for key in keys]
 
     def __call__(self, n: int) -> None:
         key = self._keys[n]
-        rng.seed_all(keyed_seed(*key))
+        rng.seed_all(self._seeds[n])
         now_making(key, (key,))
 
     def batch(self) -> None:
         """Seeds them for all samples at once, by the first."""
-        rng.seed_all(keyed_seed(*self._keys[0]))
+        rng.seed_all(self._seeds[0])
         now_making(("samples", *self._keys[0]), self._keys)
 
     def part(self, numbers: Sequence[int]) -> SampleSeeds:

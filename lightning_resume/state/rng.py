@@ -72,9 +72,9 @@ def _numpy_state() -> Any:
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in numpy's stubs
     if not (type(generator) is np.random.MT19937 and _memory_is_known()):
         return np.random.get_state(legacy=False)
-    with _without_words():
-        state: dict[str, Any] = np.random.get_state(legacy=False)
-    return {**state, "state": _words_in_memory(generator)}
+    has_gauss, gauss = _leftover()
+    words = _words_in_memory(generator)
+    return {"bit_generator": "MT19937", "state": words, "has_gauss": has_gauss, "gauss": gauss}
 
 
 @functools.cache
@@ -169,39 +169,44 @@ def swap_numpy(generator: Any, leftover: Leftover = (0, 0.0)) -> tuple[Any, Left
     ``np.random.get_state`` and ``set_state`` visit each of the generator's 624 words in Python, and take 40 times as
     long.
     """
-    before = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in numpy's stubs
-    with _without_words():
-        state = np.random.get_state(legacy=False)
+    before, left = np.random.get_bit_generator(), _leftover()  # type: ignore[attr-defined]  # not in numpy's stubs
     np.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets what is left over
     if leftover[0]:
-        with _without_words():
-            np.random.set_state({**_NO_WORDS, "has_gauss": leftover[0], "gauss": leftover[1]})
-    return before, (state["has_gauss"], state["gauss"])
-
-
-_NO_WORDS = {"bit_generator": "MT19937", "state": {}}
+        _set_leftover(leftover)
+    return before, left
 
 
 @final
-class _WithoutWords:
-    """Stands for a bit generator, so that only what its owner keeps beside it is read and set."""
+class _StandIn:
+    """In the place of a bit generator, so that only what its owner keeps beside it is read and set."""
 
     @property
     def state(self) -> dict[str, Any]:
-        return dict(_NO_WORDS)
+        return {"bit_generator": "MT19937", "state": {}}
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None: ...
 
 
-@contextlib.contextmanager
-def _without_words() -> Iterator[None]:
-    owner: Any = np.random.mtrand._rand
-    generator, owner._bit_generator = owner._bit_generator, _WithoutWords()
+_STAND_IN = _StandIn()
+_OWNER: Any = np.random.mtrand._rand
+
+
+def _leftover() -> Leftover:
+    generator, _OWNER._bit_generator = _OWNER._bit_generator, _STAND_IN
     try:
-        yield
+        state = _OWNER.get_state(legacy=False)
     finally:
-        owner._bit_generator = generator
+        _OWNER._bit_generator = generator
+    return state["has_gauss"], state["gauss"]
+
+
+def _set_leftover(leftover: Leftover) -> None:
+    generator, _OWNER._bit_generator = _OWNER._bit_generator, _STAND_IN
+    try:
+        _OWNER.set_state({**_STAND_IN.state, "has_gauss": leftover[0], "gauss": leftover[1]})
+    finally:
+        _OWNER._bit_generator = generator
 
 
 @contextlib.contextmanager
