@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from lightning_resume.checkpoint.index import PAGE_BYTES
+from lightning_resume.checkpoint.index_form import PAGE_BYTES
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.manifest import Manifest, to_json
 from lightning_resume.checkpoint.names import INDEX_NAME, METADATA_NAME

@@ -21,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 
 from lightning_resume.checkpoint.components import LeafComponents, pack
-from lightning_resume.checkpoint.index import _ROW, PAGE_BYTES, Entry, build_index
+from lightning_resume.checkpoint.index_build import Entry, build_index
+from lightning_resume.checkpoint.index_form import PAGE_BYTES, ROW
 from lightning_resume.checkpoint.manifest import _checksum
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.shards import ShardFile
@@ -121,7 +122,7 @@ class Columns:
         head = json.loads(data[16:at])
         rows, dimensions, _ = head["sections"]
         parts = data[at : at + rows], data[at + rows : at + rows + dimensions], data[at + rows + dimensions :]
-        return cls(head, np.frombuffer(parts[0], _ROW).copy(), np.frombuffer(parts[1], "<i8").copy(), parts[2])
+        return cls(head, np.frombuffer(parts[0], ROW).copy(), np.frombuffer(parts[1], "<i8").copy(), parts[2])
 
     def write(self, path: Path) -> None:
         sections = [self.rows.tobytes(), self.dimensions.tobytes(), self.digests]

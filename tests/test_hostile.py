@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 from lightning_resume.checkpoint import safe
 from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
 from lightning_resume.checkpoint.archive import memory_of
-from lightning_resume.checkpoint.index import Entry, Placed, build_index
+from lightning_resume.checkpoint.index_build import Entry, build_index
+from lightning_resume.checkpoint.index_form import Placed
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.safe import safe_load
 from lightning_resume.checkpoint.shards import ShardFile

@@ -15,7 +15,10 @@ import torch
 import xxhash
 from hypothesis import strategies as st
 
-from lightning_resume.checkpoint.index import PAGE_BYTES, Box, Entry, Index, Pages, Placed, build_index
+from lightning_resume.checkpoint.index import Index
+from lightning_resume.checkpoint.index_build import Entry, build_index
+from lightning_resume.checkpoint.index_form import PAGE_BYTES, Box, Placed
+from lightning_resume.checkpoint.pages import Pages
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.stored import DIGEST_BYTES, StoredItem, block_count
 from lightning_resume.errors import CheckpointCorruptError

@@ -24,9 +24,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from lightning_resume._distributed import Carrier, all_gather_object, world_size
 from lightning_resume.checkpoint._dcp import ObjectPath, local_boxes, local_target
 from lightning_resume.checkpoint.catalog import TensorInfo, check_apart, check_paths
-from lightning_resume.checkpoint.index import Box, Index, Pages, Placed
+from lightning_resume.checkpoint.index import Index
+from lightning_resume.checkpoint.index_form import Box, Placed
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.names import INDEX_NAME
+from lightning_resume.checkpoint.pages import Pages
 from lightning_resume.checkpoint.reads import Piece, Read, digest_of, fetch_all, fetch_shared, local_readers
 from lightning_resume.errors import CheckpointCorruptError, CheckpointIncompleteError
 

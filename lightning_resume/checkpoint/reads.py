@@ -15,7 +15,7 @@ import xxhash
 
 from lightning_resume._distributed import Carrier, local_world_size
 from lightning_resume.checkpoint.archive import memory_of
-from lightning_resume.checkpoint.index import Box, Placed
+from lightning_resume.checkpoint.index_form import Box, Placed
 from lightning_resume.checkpoint.items import ItemSource
 
 

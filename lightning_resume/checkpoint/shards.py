@@ -24,7 +24,8 @@ from lightning_resume._distributed import agree, gather_object, rank
 from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
 from lightning_resume.checkpoint.archive import contiguous, frame_of, memory_of
 from lightning_resume.checkpoint.filesystem import HashedFile, new_file
-from lightning_resume.checkpoint.index import PAGE_BYTES, Box, Entry, Placed, build_index
+from lightning_resume.checkpoint.index_build import Entry, build_index
+from lightning_resume.checkpoint.index_form import PAGE_BYTES, Box, Placed
 from lightning_resume.checkpoint.manifest import FileEntry
 from lightning_resume.checkpoint.names import INDEX_NAME, LEAF_PREFIX, METADATA_NAME, data_name
 from lightning_resume.checkpoint.paths import AnyPath
