@@ -203,7 +203,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        ways: dict[str, Way] = ways_in(folder)
+        ways = {name: way for name, way in ways_in(folder).items() if any(part in name for part in options.only)}
         figures: dict[str, list[Figures]] = {}
         for round_ in range(options.rounds + 1):  # the first warms up: memory is reserved, processes are started
             for way_name, way in ways.items():
@@ -243,6 +243,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to save (default: the folder for temporary files)")
     parser.add_argument("--output", help="a JSON file for the figures")
+    parser.add_argument("--only", nargs="+", default=[""], help="only ways whose name has one of these in it")
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,32 +112,32 @@ def epoch_seconds(loader: Iterable[Any]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def iteration(rounds: int, batches: int) -> dict[str, Any]:
+def iteration(rounds: int, batches: int, workers: Sequence[int]) -> dict[str, Any]:
     datasets: dict[str, Dataset[Any]] = {
         "TensorDataset": TensorDataset(torch.randn(batches * BATCH_SIZE, 64), torch.arange(batches * BATCH_SIZE)),
         "a dataset that costs nothing": Computed(batches * BATCH_SIZE),
         "images": Images(max(3, batches // 40) * BATCH_SIZE),
     }
     found = {}
-    for (name, dataset), workers in itertools.product(datasets.items(), (0, 2)):
-        loaders = loaders_over(dataset, workers)
+    for (name, dataset), num_workers in itertools.product(datasets.items(), workers):
+        loaders = loaders_over(dataset, num_workers)
         ways = {way: lambda loader=loader: epoch_seconds(loader) for way, loader in loaders.items()}
-        found[f"{name}, {workers} workers"] = compared(in_turns(ways, rounds), scale=1e6)
+        found[f"{name}, {num_workers} workers"] = compared(in_turns(ways, rounds), scale=1e6)
         del loaders, ways  # ends their workers
     return found
 
 
-def states(rounds: int) -> dict[str, Any]:
+def states(rounds: int, workers: Sequence[int]) -> dict[str, Any]:
     """``state_dict()`` in the middle of an epoch."""
     found = {}
-    for workers in (0, 2):
+    for num_workers in workers:
         ways = {}
-        for name, loader in loaders_over(Computed(100_000), workers).items():
+        for name, loader in loaders_over(Computed(100_000), num_workers).items():
             if name != PLAIN:
                 batches = iter(loader)
                 next(batches)
                 ways[name] = lambda loader=loader, batches=batches: state_seconds(loader, batches)
-        found[f"state_dict(), {workers} workers"] = compared(in_turns(ways, rounds), scale=1e6)
+        found[f"state_dict(), {num_workers} workers"] = compared(in_turns(ways, rounds), scale=1e6)
     return found
 
 
@@ -239,14 +239,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2000, help="in an epoch of samples that cost nothing")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     found = {
-        **iteration(options.rounds, options.batches),
-        **states(options.rounds),
+        **iteration(options.rounds, options.batches, options.workers),
+        **states(options.rounds, options.workers),
         "first batch of 10^6 samples, resumed": first_batch(options.rounds, 10**6),
         "first batch of 10^9 samples, resumed": first_batch(options.rounds, 10**9),
         **callback(options.rounds, options.batches),

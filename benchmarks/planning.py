@@ -190,7 +190,11 @@ def main() -> None:
     tensors = 20 if options.small else options.tensors
     by_ranks: dict[int, dict[str, Any]] = {}
     for ranks in (4, 64) if options.small else options.ranks:
-        by_ranks[ranks] = in_its_own_process(ranks, tensors, options.seconds)
+        if options.small:
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                by_ranks[ranks] = measure(ranks, tensors, Path(folder))
+        else:
+            by_ranks[ranks] = in_its_own_process(ranks, tensors, options.seconds)
     report(by_ranks, tensors)
     if options.output:
         options.output.write_text(json.dumps({"tensors": tensors, "by_ranks": by_ranks}, indent=1))

@@ -43,8 +43,8 @@ QUICK = {
 }
 TINY = {
     "checkpoints": ["--mib=48", "--rounds=1"],
-    "async_save": ["--mib=1", "--batch=4", "--rounds=1"],
-    "iteration": ["--rounds=1", "--batches=30"],
+    "async_save": ["--mib=1", "--batch=4", "--rounds=1", "--only", "ours", "thread"],
+    "iteration": ["--rounds=1", "--batches=30", "--workers", "0"],
     "planning": ["--small"],
     "loaders": [
         *("--rows=6000", "--files=4", "--row-group=300", "--batch-size=32", "--rounds=1"),

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)
+
 ROOT = Path(__file__).resolve().parent.parent
 LOSSY = "Hugging Face iterable, shuffle(), 0 workers"
 
@@ -22,7 +24,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
     output = folder / "benchmarks.json"
     command = [sys.executable, "benchmarks/report.py", "--tiny", f"--folder={folder}", f"--output={output}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert process.returncode == 0, process.stderr
     assert output.with_suffix(".png").stat().st_size > 0
     return process.stdout, json.loads(output.read_text())
@@ -30,7 +32,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 
 def test_each_ratio_is_in_the_table_beside_what_is_to_be_reached(told: tuple[str, dict[str, Any]]) -> None:
     printed, content = told
-    assert len(content["ratios"]) > 20
+    assert len(content["ratios"]) > 18
     for ratio in content["ratios"]:
         [line] = [line for line in printed.splitlines() if line.startswith(f"| {ratio['what']} |")]
         assert ("**" in line) == (not ratio["reached"]) == (ratio["ours"] > ratio["most"])
