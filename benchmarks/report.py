@@ -37,9 +37,9 @@ LARGE = {
 QUICK = {
     "checkpoints": ["--mib=128", "--rounds=3"],
     "async_save": ["--mib=96", "--rounds=2"],
-    "iteration": ["--rounds=3", "--batches=400"],
+    "iteration": ["--rounds=2", "--batches=400"],
     "planning": ["--ranks", "64"],
-    "loaders": ["--rows=50000", "--rounds=1", "--only=parquet", "--only=map-style", "--only=pyarrow"],
+    "loaders": ["--rows=30000", "--rounds=1", "--only=parquet", "--only=map-style, 0"],
 }
 TINY = {
     "checkpoints": ["--mib=48", "--rounds=1"],
