@@ -45,6 +45,11 @@ def new_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timeout()) if is_distributed() else None
 
 
+def sends_main_memory() -> bool:
+    """Whether the default group can send what lies in main memory, as NCCL alone cannot."""
+    return torch.device("cpu") in dist.distributed_c10d._get_default_group()._device_types
+
+
 def end_group(group: dist.ProcessGroup | None) -> None:
     """Ends what :func:`new_group` returned, unless it ended with the default group. Not a collective."""
     if group is not None and is_distributed() and group in dist.distributed_c10d._world.pg_map:
@@ -134,10 +139,8 @@ class Carrier:
 
     def __init__(self) -> None:
         self.rank, self.world_size = rank(), world_size()
-        default = dist.distributed_c10d._get_default_group()
-        on_cpu = torch.device("cpu") in default._device_types
-        self._made = None if on_cpu else new_group()
-        self._group = group() if on_cpu else self._made
+        self._made = None if sends_main_memory() else new_group()
+        self._group = group() if self._made is None else self._made
 
     def send(self, memory: torch.Tensor, src: int) -> None:
         """Makes ``memory`` what it is on rank ``src``; it is as large on every rank."""

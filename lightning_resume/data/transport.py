@@ -27,9 +27,7 @@ class Channel:
     """From rank 0 to each of the others, over a group that can send what lies in main memory. Made by all ranks."""
 
     def __init__(self) -> None:
-        default = dist.distributed_c10d._get_default_group()
-        on_cpu = torch.device("cpu") in default._device_types
-        self._group = default if on_cpu else _distributed.new_group()
+        self._group = None if _distributed.sends_main_memory() else _distributed.new_group()
 
     def send(self, objects: Mapping[int, Packed]) -> None:
         """Sends each rank its object, all at the same time.
