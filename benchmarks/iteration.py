@@ -41,7 +41,7 @@ Seconds = dict[str, list[float]]
 
 
 class Images(Dataset[Any]):
-    """Unpacked, turned or not, and scaled, as images of 224 x 224 are: about a millisecond each."""
+    """Unpacked, turned or not, and scaled, as images of 224 x 224 are: about a quarter of a millisecond each."""
 
     def __init__(self, length: int) -> None:
         self.length = length
