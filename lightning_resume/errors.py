@@ -47,7 +47,7 @@ class CheckpointMismatchError(ResumeError, ValueError):
         self.component, self.field, self.saved, self.current = component, field, saved, current
         self._advice = advice
         super().__init__(
-            f"The checkpoint does not fit the current {component}: {field} differs.\n"
+            f"The checkpoint does not fit the current {component}: not the same {field}.\n"
             f"  saved:   {saved}\n"
             f"  current: {current}\n"
             f"{advice}"

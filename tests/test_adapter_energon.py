@@ -240,7 +240,7 @@ def test_what_is_not_as_many_workers_is_refused_and_with_strict_false_starts_aga
         ({}, "workers of all ranks"),
     ]:
         other = make_resumable(make(repeat=True, folder=folder, **options))
-        with pytest.raises(CheckpointMismatchError, match=f"{field} differs(.|\n)*strict=False"):
+        with pytest.raises(CheckpointMismatchError, match=f"not the same {field}(.|\n)*strict=False"):
             other.load_state_dict(state)
     other = make_resumable(make(num_workers=1, repeat=True, folder=folder), strict=False)
     with pytest.warns(UnsafeResumeWarning, match="buffers are filled anew"):
@@ -258,9 +258,9 @@ def test_other_data_is_refused_and_the_same_elsewhere_is_not(folder: Path, tmp_p
         (tmp_path / name).mkdir()
         write(tmp_path / name, length)
     resumable(lambda: make(folder=tmp_path / "same"), state)
-    with pytest.raises(CheckpointMismatchError, match="dataset differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same dataset"):
         resumable(lambda: make(folder=tmp_path / "more"), state)
-    with pytest.raises(CheckpointMismatchError, match="dataset differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same dataset"):
         resumable(lambda: make(folder=folder, shuffle_buffer_size=7), state)
 
 

@@ -251,7 +251,7 @@ def test_another_topology_is_refused_and_with_strict_false_goes_on(data: str, fi
     state = stored(first.state_dict())
     options = {"world_size": 1, **REFUSED[field]}
     other = make_resumable(make(data=data, **options), world_size=options["world_size"])  # type: ignore[arg-type]
-    with pytest.raises(CheckpointMismatchError, match=rf"{field} differs(.|\n)*strict=False"):
+    with pytest.raises(CheckpointMismatchError, match=rf"not the same {field}(.|\n)*strict=False"):
         other.load_state_dict(state)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -267,7 +267,7 @@ def test_another_topology_is_refused_and_with_strict_false_goes_on(data: str, fi
 
 def test_another_node_split_is_refused_although_the_world_size_is_the_same() -> None:
     first = resumable(lambda: make(1, 2))
-    with pytest.raises(CheckpointMismatchError, match="split_dataset_by_node differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same split_dataset_by_node"):
         resumable(make, first.state_dict())
 
 
@@ -282,7 +282,7 @@ CHANGED: dict[str, Callable[[], Any]] = {
 def test_another_pipeline_is_refused(name: str) -> None:
     state = resumable(lambda: make(data="shuffled")).state_dict()
     other = make_resumable(DataLoader(CHANGED[name](), 4), strict=False)
-    with pytest.raises(CheckpointMismatchError, match="steps and seeds differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same steps and seeds"):
         other.load_state_dict(state)
 
 

@@ -254,7 +254,7 @@ def test_another_dataset_or_another_way_of_shuffling_is_refused(folder: Path, tm
         ("shuffle_algo", lambda: make(folder=folder, shuffle_algo="py2s")),
         ("shuffle", lambda: make(folder=folder, shuffle=False)),
     ]:
-        with pytest.raises(CheckpointMismatchError, match=f"{field} differs"):
+        with pytest.raises(CheckpointMismatchError, match=f"not the same {field}"):
             make_resumable(other(), strict=False).load_state_dict(state)
 
 

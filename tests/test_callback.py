@@ -194,7 +194,7 @@ def test_a_loader_that_cannot_go_on_exactly_is_refused_unless_the_user_says_othe
         return fit(tmp_path, data=loader, module=Quiet, resume=resume, callbacks=[KillAt(2)])
 
     run(workers=0)
-    with pytest.raises(CheckpointMismatchError, match="num_workers differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same num_workers"):
         run(workers=1)
     assert run(workers=1, strict=False).trainer.global_step > 2
     assert "seen twice" in str(recwarn.pop(UnsafeResumeWarning).message)

@@ -304,13 +304,13 @@ def test_huge_datasets_cost_nothing_to_begin() -> None:
     [
         (
             {"sizes": (7, 21, 1)},
-            r"dataset 1 of the mixture differs.\n  saved: +Part of 20 samples\n  current: Part of 21",
+            r"not the same dataset 1 of the mixture.\n  saved: +Part of 20 samples\n  current: Part of 21",
         ),
-        ({"weights": (0.25, 0.6, 0.15)}, r"weights differs.\n.*'7/10'.*\n.*'3/5'"),
-        ({"sizes": (7, 20), "weights": (1, 2)}, r"number of datasets in the mixture differs.\n  saved:   3"),
-        ({"seed": 1}, "seed of the mixture differs"),
-        ({"block_size": 2000}, "block_size of the mixture differs"),
-        ({"length": 12}, "length differs"),
+        ({"weights": (0.25, 0.6, 0.15)}, r"not the same weights.\n.*'7/10'.*\n.*'3/5'"),
+        ({"sizes": (7, 20), "weights": (1, 2)}, r"not the same number of datasets in the mixture.\n  saved:   3"),
+        ({"seed": 1}, "not the same seed of the mixture"),
+        ({"block_size": 2000}, "not the same block_size of the mixture"),
+        ({"length": 12}, "not the same length"),
     ],
 )
 def test_another_mixture_is_refused_before_anything_changes(change: dict[str, Any], message: str) -> None:

@@ -146,21 +146,21 @@ def differing(rank: int, data: Path) -> dict[str, tuple[Callable[[], Any], str]]
     other = [3, 5][rank]
     lazily = lambda **options: lambda: next(iter(make(data, "jsonl", **options)))  # noqa: E731
     return {
-        "batch size": (lambda: make(data, "parquet", batch_size=other), "parquet.*batch_size differs"),
-        "seed": (lambda: make(data, "parquet", seed=other), "seed differs"),
-        "window": (lambda: make(data, "parquet", window=other), "window differs"),
-        "stream's batch size": (lazily(batch_size=other), "jsonl.*batch_size differs"),
-        "stream's seed": (lazily(seed=other), "seed differs"),
-        "stream's lanes": (lazily(lanes=other), "lanes differs"),
+        "batch size": (lambda: make(data, "parquet", batch_size=other), "parquet.*not the same batch_size"),
+        "seed": (lambda: make(data, "parquet", seed=other), "not the same seed"),
+        "window": (lambda: make(data, "parquet", window=other), "not the same window"),
+        "stream's batch size": (lazily(batch_size=other), "jsonl.*not the same batch_size"),
+        "stream's seed": (lazily(seed=other), "not the same seed"),
+        "stream's lanes": (lazily(lanes=other), "not the same lanes"),
         "loader": (
             lambda: ResumableDataLoader(Noisy(40), other),
-            "the setup of the sequential loader: batch_size differs",
+            "the setup of the sequential loader: not the same batch_size",
         ),
-        "dataset": (lambda: ResumableDataLoader(Noisy(10 * other), 3), "length of the dataset differs"),
-        "sampler": (lambda: ElasticSampler(range(40), 3, seed=other), r"ElasticSampler\(\): seed differs"),
+        "dataset": (lambda: ResumableDataLoader(Noisy(10 * other), 3), "not the same length of the dataset"),
+        "sampler": (lambda: ElasticSampler(range(40), 3, seed=other), r"ElasticSampler\(\): not the same seed"),
         "seed given on one": (
             lambda: ElasticSampler(range(40), 3, seed=[3, None][rank]),
-            r"ElasticSampler\(\): seed differs",
+            r"ElasticSampler\(\): not the same seed",
         ),
     }
 
@@ -172,7 +172,7 @@ def check_differences(data: Path) -> None:
             act()
         assert len(set(gathered(str(caught.value)))) == 1, name
         values = "\n  rank 0: 3.*\n  rank 1: none" if name == "seed given on one" else r"\n  rank 0: 30?\n  rank 1: 50?"
-        caught.match(f"differs:{values}")
+        caught.match(f"not the same .*:{values}")
         caught.match("samples would repeat or be lost. Give all ranks the same data and arguments")
 
 
@@ -188,7 +188,7 @@ def check_positions(data: Path) -> None:
     again = make(data, "jsonl")
     if dist.get_rank() == 1:
         again.load_state_dict(states)
-    with pytest.raises(OutOfStepError, match=r"batches taken of it differs:\n  rank 0: 0\n  rank 1: 2"):
+    with pytest.raises(OutOfStepError, match=r"not the same batches taken of it:\n  rank 0: 0\n  rank 1: 2"):
         next(iter(again))
 
 
@@ -380,9 +380,9 @@ def through_fabric(data: Path) -> None:
     fabric.launch()
     for format, loader in made.items():
         assert_once(ids(in_step(fabric.setup_dataloaders(loader))), LENGTHS[format])
-    with pytest.raises(OutOfStepError, match=r"batch_size differs:\n  rank 0: 3\n  rank 1: 5"):
+    with pytest.raises(OutOfStepError, match=r"not the same batch_size:\n  rank 0: 3\n  rank 1: 5"):
         fabric.setup_dataloaders(other)
-    with pytest.raises(OutOfStepError, match=r"length of the dataset differs"):
+    with pytest.raises(OutOfStepError, match=r"not the same length of the dataset"):
         fabric.setup_dataloaders(DataLoader(Noisy(40 + rank), 4, shuffle=True))
 
 

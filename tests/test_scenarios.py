@@ -187,14 +187,16 @@ def check_another_world_size(folder: Path, *, rank: int, world_size: int) -> Non
     loader.restore_state_rank(torch.load(folder / f"shuffled-rank{2 - rank}.pth"))
     assert [index for indices, _ in map(plain, loader) for index in indices] == mine
 
-    both = "world_size differs.\n  saved:   3\n  current: 2"
+    both = "not the same world_size.\n  saved:   3\n  current: 2"
     for kind in ("iterable", "stateful"):
         own = my_loader(kind, rank=rank, world_size=world_size)
         with pytest.raises(CheckpointMismatchError, match=both):
             own.restore_state_global(torch.load(folder / f"{kind}-on1.pth") if rank == 1 else None, src_rank=1)
         with pytest.raises(CheckpointMismatchError, match=both):
             own.restore_state_rank(torch.load(folder / f"{kind}-rank{rank}.pth"))
-        with pytest.raises(CheckpointMismatchError, match=f"rank differs.\n  saved:   {1 - rank}\n  current: {rank}"):
+        with pytest.raises(
+            CheckpointMismatchError, match=f"not the same rank.\n  saved:   {1 - rank}\n  current: {rank}"
+        ):
             own.restore_state_rank(_of_other_rank(own))
         assert take(own, 1) == take(my_loader(kind, rank=rank, world_size=world_size), 1)
 

@@ -499,9 +499,9 @@ def test_a_file_written_anew_with_other_row_groups_is_noticed(tmp_path: Path) ->
 
 def test_another_seed_or_shuffle_is_refused(folder: Path) -> None:
     state, _ = saved_midway(folder)
-    with pytest.raises(CheckpointMismatchError, match="seed differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same seed"):
         make(folder, seed=7)[0].load_state_dict(state)
-    with pytest.raises(CheckpointMismatchError, match="order differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same order"):
         make(folder, shuffle=False)[0].load_state_dict(state)
 
 

@@ -196,7 +196,7 @@ def test_appended_files_stay_where_a_later_state_was_saved(tmp_path: Path) -> No
 def test_another_order_is_refused(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     folder = write(tmp_path / "data", "jsonl")
     _, state = saved(folder)
-    with pytest.raises(CheckpointMismatchError, match=f"{field} differs"):
+    with pytest.raises(CheckpointMismatchError, match=f"not the same {field}"):
         make(folder, lanes=2, **change).load_state_dict(state)
 
 

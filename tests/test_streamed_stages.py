@@ -247,7 +247,7 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
 def test_another_packing_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", "jsonl")
     state = stored(pack(folder).state_dict())
-    with pytest.raises(CheckpointMismatchError, match="group differs"):
+    with pytest.raises(CheckpointMismatchError, match="not the same group"):
         pack(folder, group=Packing(9, eos=1)).load_state_dict(state)
 
 

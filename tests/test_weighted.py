@@ -193,10 +193,10 @@ def test_weights_may_be_a_tensor_or_an_array() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": [1.0] * LENGTH}, "weights of the sampler differs"),
-        ({"seed": 5}, "seed of the sampler differs.\n  saved:   None\n  current: 5"),
-        ({"num_samples": 12}, "length differs"),
-        ({"replacement": False}, "order differs.\n  saved:   weighted sampler with replacement"),
+        ({"weights": [1.0] * LENGTH}, "not the same weights of the sampler"),
+        ({"seed": 5}, "not the same seed of the sampler.\n  saved:   None\n  current: 5"),
+        ({"num_samples": 12}, "not the same length"),
+        ({"replacement": False}, "not the same order.\n  saved:   weighted sampler with replacement"),
     ],
 )
 def test_another_sampler_is_refused(change: dict[str, Any], message: str) -> None:

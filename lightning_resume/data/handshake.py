@@ -62,7 +62,7 @@ def disagreement(call: str, of_ranks: Sequence[Mapping[str, Any]]) -> str:
     """Says in what the ranks differ, and each one's value; empty where they do not. Pure."""
     fields = dict.fromkeys(field for one in of_ranks for field in one)
     values = {field: [str(one.get(field, "nothing")) for one in of_ranks] for field in fields}
-    differ = [f"{field} differs:\n{_by_rank(each)}" for field, each in values.items() if len(set(each)) > 1]
+    differ = [f"not the same {field}:\n{_by_rank(each)}" for field, each in values.items() if len(set(each)) > 1]
     return f"The ranks do not agree on {call}: {''.join(differ)}{_ADVICE}" if differ else ""
 
 

@@ -319,7 +319,8 @@ class ElasticLoader(Resumable):
             slices = [order.rank_slice(*window, rank=rank, world_size=share.world_size) for rank in share.ranks]
             batches = [self._source.take(start, *one) for one in slices]
             if all(batches):
-                yield batches if share.whole else Batch(batches[0])
+                made = [Batch.of(batch) for batch in batches]
+                yield made if share.whole else made[0]
             if any(len(batch) < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
                 return  # an unsized sampler has come to its end
 

@@ -203,12 +203,13 @@ class Resumable(Scenarios):
                 field,
                 saved=saved.get(field, "any"),
                 current=current.get(field, "any"),
-                advice=f"A {self._kind()} can only go on with the {field} that it was saved with: {self._advice()}",
+                advice=f"This loader ({self._kind()}) can only go on with the {field} that it was saved with:"
+                f" {self._advice()}",
             )
             if self.strict or not self.capabilities.caution:
                 raise error
             warnings.warn(
-                f"A {self._kind()} goes on (strict=False) with another {field} than it was saved with:"
+                f"This loader ({self._kind()}) goes on (strict=False) with another {field} than it was saved with:"
                 f" {saved.get(field, 'any')} became {current.get(field, 'any')}. {self.capabilities.caution}",
                 UnsafeResumeWarning,
                 stacklevel=2,

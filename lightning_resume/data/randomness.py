@@ -42,15 +42,32 @@ class Request(NamedTuple):
     key: Any
 
 
-class Batch(list[Request]):
-    """The samples of a batch. On its way to a worker it is three columns: pickled in a quarter of the time."""
+@final
+class Batch(Sequence[Request]):
+    """The samples of a batch, as columns: made, and pickled for a worker, in a fraction of the time of tuples."""
+
+    __slots__ = ("epochs", "indices", "keys")
+
+    def __init__(self, indices: list[Any], epochs: list[int], keys: list[Any]) -> None:
+        self.indices, self.epochs, self.keys = indices, epochs, keys
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Batch:
+        return requests if isinstance(requests, Batch) else cls(*map(list, zip(*requests, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, n: Any) -> Any:
+        if isinstance(n, slice):
+            return Batch(self.indices[n], self.epochs[n], self.keys[n])
+        return Request(self.indices[n], self.epochs[n], self.keys[n])
+
+    def __iter__(self) -> Iterator[Request]:
+        return map(Request, self.indices, self.epochs, self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _batch_of, tuple(map(list, zip(*self, strict=True)))
-
-
-def _batch_of(*columns: list[Any]) -> Batch:
-    return Batch(map(Request, *columns))
+        return Batch, (self.indices, self.epochs, self.keys)
 
 
 def keyed_seed(*parts: object) -> int:
@@ -72,16 +89,16 @@ class KeyedDataset(Dataset[Any]):
         if not self._draws:
             return self.dataset[request.index]
         with making():
-            self._seeds([request])(0)
+            self._seeds(Batch.of([request]))(0)
             return self.dataset[request.index]
 
-    def __getitems__(self, requests: Sequence[Request]) -> Any:
-        self._first = requests[0]
-        indices = [request.index for request in requests]
+    def __getitems__(self, batch: Batch) -> Any:
+        self._first = batch[0]
         if not self._draws:
-            return [self.dataset[index] for index in indices]
+            dataset = self.dataset
+            return [dataset[index] for index in batch.indices]
         with making():
-            return fetch(self.dataset, indices, self._seeds(requests))
+            return fetch(self.dataset, batch.indices, self._seeds(batch))
 
     @property
     def batch_key(self) -> int:
@@ -89,8 +106,8 @@ class KeyedDataset(Dataset[Any]):
         assert self._first is not None
         return keyed_seed("batch", self.seed, self._first.epoch, self._first.key)
 
-    def _seeds(self, requests: Sequence[Request]) -> SampleSeeds:
-        return SampleSeeds([("sample", self.seed, request.epoch, request.key) for request in requests])
+    def _seeds(self, batch: Batch) -> SampleSeeds:
+        return SampleSeeds([("sample", self.seed, *of) for of in zip(batch.epochs, batch.keys, strict=True)])
 
 
 def draws_nothing(code: Any) -> bool:
@@ -218,7 +235,7 @@ class EpochKeyedDataset(KeyedDataset):
         return super().__getitem__(Request(index, int(self.epoch), index))
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
-        return super().__getitems__([Request(index, int(self.epoch), index) for index in indices])
+        return super().__getitems__(Batch(list(indices), [int(self.epoch)] * len(indices), list(indices)))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("state_dict", "load_state_dict"):  # so that a stateful dataset still looks like one

@@ -145,7 +145,7 @@ class Scenarios(abc.ABC):
                 "rank",
                 saved=saved_by["rank"],
                 current=rank,
-                advice=f"A {self._kind()} loader has another position on each rank: restore each rank's own.",
+                advice=f"This loader ({self._kind()}) has another position on each rank: restore each rank's own.",
             )
 
     @property
@@ -206,7 +206,7 @@ def _where(state: Mapping[str, Any]) -> str:
 
 
 def _other_world_size(kind: str, saved: int, *, lanes: bool = False) -> CheckpointMismatchError:
-    advice = f"A {kind} loader can only go on with the number of ranks that it was saved with: start with it again."
+    advice = f"This loader ({kind}) can only go on with as many ranks as it was saved with: start with that many again."
     if lanes:
         advice = "One rank's state has its own lanes only: use save_state_global and restore_state_global to change it."
     return CheckpointMismatchError(

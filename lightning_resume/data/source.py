@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_resume.data import order
-from lightning_resume.data.randomness import RandomStream, Request
+from lightning_resume.data.randomness import Batch, RandomStream, Request
 from lightning_resume.errors import CheckpointMismatchError
 
 UNSIZED = 1 << 62
@@ -32,7 +32,7 @@ class Source(abc.ABC):
     """Whether ``length`` takes reading, so that it is asked for only when it is needed."""
 
     @abc.abstractmethod
-    def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
+    def take(self, state: order.OrderState, start: int, stop: int) -> Sequence[Request]:
         """The samples at positions ``[start, stop)`` of the epoch that ``state`` is in."""
 
     def length_of(self, epoch: int) -> int:
@@ -107,12 +107,11 @@ class Permuted(Source):
         self.length, self.shuffle = length, shuffle
         self.kind = "shuffled" if shuffle else "sequential"
 
-    def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
+    def take(self, state: order.OrderState, start: int, stop: int) -> Batch:
         indices: list[int] = order.indices(state, start, stop).tolist()
         if start >= 0 and stop <= self.length:
-            return [Request(index, state.epoch, index) for index in indices]
-        epochs = (state.epoch + position // self.length for position in range(start, stop))
-        return [Request(index, epoch, index) for index, epoch in zip(indices, epochs, strict=True)]
+            return Batch(indices, [state.epoch] * len(indices), indices)
+        return Batch(indices, [state.epoch + position // self.length for position in range(start, stop)], indices)
 
 
 class Replayed(Source):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from lightning_resume.data import order
-from lightning_resume.data.randomness import Request
+from lightning_resume.data.randomness import Batch
 from lightning_resume.data.sharded import listing
 from lightning_resume.data.sharded.files import Difference, Shard, difference
 from lightning_resume.data.sharded.order import ShardedOrder, lanes_visited
@@ -59,8 +59,9 @@ class ShardedSource(Source):
             self._grown = [(0, len(self.dataset.table.shards))]
         return self._grown[max(0, bisect.bisect([first for first, _ in self._grown], epoch) - 1)][1]
 
-    def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
-        requests: list[Request] = []
+    def take(self, state: order.OrderState, start: int, stop: int) -> Batch:
+        taken: list[int] = []
+        epochs: list[int] = []
         epoch = state.epoch
         while start < 0:  # left over from earlier epochs, which may have had fewer files
             epoch -= 1
@@ -68,10 +69,11 @@ class ShardedSource(Source):
         while start < stop:
             length = self.length_of(epoch)
             if start < length:
-                rows = self._order(epoch, state.seed).take(start, min(stop, length))
-                requests += [Request(row, epoch, row) for row in rows.tolist()]
+                rows = self._order(epoch, state.seed).take(start, min(stop, length)).tolist()
+                taken += rows
+                epochs += [epoch] * len(rows)
             start, stop, epoch = max(0, start - length), stop - length, epoch + 1
-        return requests
+        return Batch(taken, epochs, taken)
 
     def _order(self, epoch: int, seed: int) -> ShardedOrder:
         return _order_of(

@@ -129,7 +129,7 @@ class StreamedLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # our i
 
     def __len__(self) -> int:
         raise TypeError(
-            f"A {self.source.kind} loader has no length: how many samples there are is known when they have been read."
+            f"This loader ({self.source.kind}) has no length: how many samples there are is known when they were read."
         )
 
     # -- which part of it is this rank's
