@@ -277,7 +277,7 @@ def _check_names(key: str, current: Mapping[str, Any], saved: Mapping[Any, Any],
         if shape is not None and found is not None and shape != found:
             raise CheckpointMismatchError(
                 f"model {key!r}",
-                f"the shape of {name!r}",
+                f"shape of {name!r}",
                 saved=found,
                 current=shape,
                 advice="Build the model with the sizes that it was saved with.",

@@ -188,14 +188,14 @@ class CheckpointReader:
     def _check_fits(self, flat: Mapping[str, Any]) -> None:
         for key, value in flat.items():
             if key not in self.keys:
-                raise _mismatch(key, "the key", saved=_neighbours(key, self.keys), current=_describe(value))
+                raise _mismatch(key, "key", saved=_neighbours(key, self.keys), current=_describe(value))
             saved = self.keys[key]
             if (saved is None) != (not isinstance(value, torch.Tensor) and not is_distributed_tensor(value)):
-                raise _mismatch(key, "the kind of value", saved=_describe(saved), current=_describe(value))
+                raise _mismatch(key, "kind of value", saved=_describe(saved), current=_describe(value))
             if saved is not None and tuple(value.size()) != saved.shape:
-                raise _mismatch(key, "the global shape", saved=saved.shape, current=tuple(value.size()))
+                raise _mismatch(key, "global shape", saved=saved.shape, current=tuple(value.size()))
             if getattr(value, "is_meta", False):
-                raise _mismatch(key, "the device", saved=_describe(saved), current="meta; materialize it first")
+                raise _mismatch(key, "device", saved=_describe(saved), current="meta; materialize it first")
 
     def _fill(self, flat: dict[str, Any]) -> Filling | StockFilling:
         """What is stored of the tensors of ``flat``, found and not yet read."""
