@@ -333,7 +333,7 @@ def pages_of_one_rank(ranks: int, tensors: int) -> int:
 
 
 def test_what_one_rank_reads_does_not_grow_with_the_ranks_whose_rows_it_does_not_need() -> None:
-    """A tensor takes 40 bytes a rank for its rows, 32 for its boxes, 48 for its hashes: a rank wants one row of each."""
+    """Of each rank a tensor has a row (40 bytes), a box (32) and three hashes (48): a rank wants its own of each."""
     tensors = 4
     few, many, most = (pages_of_one_rank(ranks, tensors) for ranks in (1024, 8192, 16384))
     assert few <= 4 * tensors, "a page of boxes, one of rows, one of hashes, and now and then the next one"
