@@ -28,7 +28,6 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from lightning_resume.checkpoint.index_form import PAGE_BYTES
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.manifest import Manifest, to_json
 from lightning_resume.checkpoint.names import INDEX_NAME, METADATA_NAME
@@ -133,12 +132,12 @@ def planned_by(planner: DefaultSavePlanner, plans: list[SavePlan]) -> tuple[list
 
 def look(folder: Path, ranks: int, tensors: int, watch: Stopwatch) -> dict[str, Any]:
     """One rank finds its slice of every tensor; beside it, what every stock reader does before it knows of any."""
-    pages = 0
+    read_bytes = 0
     part = ItemSource.part
 
     def counting(self: ItemSource, name: str, offset: int, length: int) -> bytes:
-        nonlocal pages
-        pages += -(-length // PAGE_BYTES)
+        nonlocal read_bytes
+        read_bytes += length
         return part(self, name, offset, length)
 
     rank = ranks // 2
@@ -152,7 +151,7 @@ def look(folder: Path, ranks: int, tensors: int, watch: Stopwatch) -> dict[str, 
     with watch("one rank unpickles .metadata"), (folder / METADATA_NAME).open("rb") as file:
         pickle.load(file)  # as stock torch does
     sizes = {f"MB {name}": (folder / name).stat().st_size for name in (INDEX_NAME, METADATA_NAME, "manifest.json")}
-    read = {"MB of .index that one rank reads": pages * PAGE_BYTES}
+    read = {"MB of .index that one rank reads": read_bytes}
     return {**watch.seconds, **{name: round(size / 1e6, 2) for name, size in (sizes | read).items()}}
 
 

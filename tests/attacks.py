@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import pickle
 import shutil
@@ -22,8 +23,9 @@ import xxhash
 
 from lightning_resume.checkpoint.components import LeafComponents, pack
 from lightning_resume.checkpoint.index_build import Entry, build_index
-from lightning_resume.checkpoint.index_form import PAGE_BYTES, ROW
+from lightning_resume.checkpoint.index_form import ROW
 from lightning_resume.checkpoint.manifest import _checksum
+from lightning_resume.checkpoint.pages import hashes_of_pages
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.checkpoint.shards import ShardFile
 from lightning_resume.checkpoint.stored import blocks_of, hash_of_items
@@ -117,7 +119,7 @@ class Columns:
 
     @classmethod
     def read(cls, path: Path) -> Columns:
-        data = (path / ".index").read_bytes()
+        data = index_of(path)
         at = 16 + int.from_bytes(data[8:16], "little")
         head = json.loads(data[16:at])
         rows, dimensions, _ = head["sections"]
@@ -132,15 +134,22 @@ class Columns:
         write_index(path, json.dumps(head).encode(), b"".join(sections))
 
 
+def index_of(path: Path) -> bytes:
+    """The index without the hashes of its pages."""
+    size: int = json.loads((path / "manifest.json").read_text())["files"][".index"]["items"][0][1]
+    return (path / ".index").read_bytes()[:size]
+
+
 def write_index(path: Path, head: bytes, rest: bytes) -> None:
     replace_index(path, b"LRindex1" + len(head).to_bytes(8, "little") + head + rest)
 
 
 def replace_index(path: Path, data: bytes) -> None:
     """Replaces the index and the hashes of its pages."""
-    pages = [(start, data[start : start + PAGE_BYTES]) for start in range(0, len(data), PAGE_BYTES)]
-    items = [[start, len(page), xxhash.xxh3_128_hexdigest(page)] for start, page in pages]
-    replace_file(path, ".index", data, items=items)
+    parts = [data, *hashes_of_pages(data)]
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    items = [[start, len(part), xxhash.xxh3_128_hexdigest(part)] for start, part in zip(starts, parts, strict=False)]
+    replace_file(path, ".index", b"".join(parts), items=items)
 
 
 def reseal_items(path: Path) -> None:

@@ -580,7 +580,7 @@ def test_500_saves_grow_neither_memory_nor_threads_nor_descriptors_nor_segments(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # only to be quicker
     state = trained(momentum=0.9)
-    seen: list[tuple[float, int, int, int]] = []
+    seen: list[tuple[float, int, int, int, int]] = []
     with CheckpointManager(tmp_path, async_save=where, keep=1) as manager:
         for number in range(1, 501):
             step(state)
@@ -590,12 +590,16 @@ def test_500_saves_grow_neither_memory_nor_threads_nor_descriptors_nor_segments(
                 seen.append(usage())
     before, after = seen
     assert after[0] < before[0] + 16, f"{before} {after}"
-    assert all(now <= then for now, then in zip(after[1:], before[1:], strict=True)), f"{before} {after}"
+    assert after[1] < before[1] + 3, f"{before} {after}"
+    assert all(now <= then for now, then in zip(after[2:], before[2:], strict=True)), f"{before} {after}"
 
 
-def usage() -> tuple[float, int, int, int]:
-    """Resident MiB, threads, descriptors, mappings of shared memory; /dev/shm holds nothing of ours."""
+def usage() -> tuple[float, int, int, int, int]:
+    """Resident MiB, threads, Python's threads, descriptors, mappings of shared memory.
+
+    The system may still count a thread that has been joined: Python's part of it ends before the thread does.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     threads, descriptors = (len(os.listdir(folder)) for folder in ("/proc/self/task", "/proc/self/fd"))
     shared = Path("/proc/self/maps").read_text().count("memfd:lightning-resume")
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, threads, descriptors, shared
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, threads, threading.active_count(), descriptors, shared

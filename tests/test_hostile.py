@@ -45,6 +45,7 @@ from tests.attacks import (
     HARM,
     Columns,
     archive,
+    index_of,
     load_components,
     read_all,
     replace_file,
@@ -109,6 +110,7 @@ class Target:
         self.files = {file.name: file.read_bytes() for file in self.path.iterdir()}
         self.manifest = json.loads(self.files.get("manifest.json", b"null"))
         self.metadata = self.files[".metadata"]
+        self.index = index_of(self.path) if self.manifest else b""
         self.columns = Columns.read(self.path) if self.manifest else None
         state, self.leaves, self.meta, reader = read_all(self.path)
         self.values = {key: value_at(state, path) for key, path in reader.mappings.items()}
@@ -312,7 +314,7 @@ def fuzz_index_items(target: Target, data: st.DataObject) -> None:
 
 
 def fuzz_index_bytes(target: Target, data: st.DataObject) -> None:
-    replace_index(target.path, damaged(data, target.files[".index"]))
+    replace_index(target.path, damaged(data, target.index))
     target.check_stored()
 
 
@@ -603,7 +605,7 @@ def changed(change_it: Callable[[Columns], Any]) -> Callable[[Path], None]:
 
 def text_of_head(text: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        whole = (path / ".index").read_bytes()
+        whole = index_of(path)
         length = int.from_bytes(whole[8:16], "little")
         write_index(path, text(whole[16 : 16 + length]), whole[16 + length :])
 
@@ -655,7 +657,7 @@ INDEXES: dict[str, Callable[[Path], None]] = {
     "a head that is no JSON": text_of_head(lambda _: b"\x80\x04."),
     "a head that is a list": text_of_head(lambda _: b"[]"),
     "a head beyond the file": lambda path: replace_index(path, b"LRindex1" + b"\xff" * 8 + bytes(99)),
-    "another magic": lambda path: replace_index(path, b"LRindex2" + (path / ".index").read_bytes()[8:]),
+    "another magic": lambda path: replace_index(path, b"LRindex2" + index_of(path)[8:]),
     "nothing": lambda path: replace_index(path, b""),
 }
 

@@ -22,7 +22,6 @@ from lightning_resume.checkpoint._dcp import ObjectPath
 from lightning_resume.checkpoint.index_form import (
     INTEGER,
     MAGIC,
-    PAGE_BYTES,
     PREAMBLE,
     ROW,
     Array,
@@ -44,6 +43,8 @@ _QUANTIZED = ("quint8", "qint8", "qint32", "quint4x2", "quint2x4")
 _MAX_COUNT = 2**62
 _MAX_BYTES = 2**63 - 1  # beyond which torch makes no tensor, not even an empty one
 _MAX_DIMENSIONS = 64  # of which NumPy and most of torch have no more
+
+_FEW_BYTES = 2**12  # are read whole rather than searched
 
 _Digests: TypeAlias = Callable[[int, int], bytes]
 
@@ -168,12 +169,14 @@ class Index:
         """The rows that may reach into ``start`` to ``stop`` along the dimension by which they are sorted."""
         columns = 2 * len(info.shape)
         wanted = start - info.largest + 1
-        if info.count * columns * INTEGER.itemsize <= 2 * PAGE_BYTES:
+        if info.count * columns * INTEGER.itemsize <= _FEW_BYTES:
             begins = self._boxes(info, 0, info.count)[:, info.along]
             first, end = (int(row) for row in np.searchsorted(begins, [wanted, stop]))
         else:
             begin = lambda row: int(self._boxes(info, row, 1)[0, info.along])  # noqa: E731
-            first, end = _bisect(begin, info.count, wanted), _bisect(begin, info.count, stop)
+            # shards are mostly of about one size
+            first = _bisect(begin, info.count, wanted, near=info.count * start // info.shape[info.along])
+            end = _bisect(begin, info.count, stop, near=first)
         return first, max(first, end)  # of what is not sorted, anything comes back
 
     def _placed(self, info: KeyInfo, first: int, count: int, box: Box | None = None) -> list[Placed]:
@@ -220,15 +223,18 @@ class Index:
         return np.frombuffer(self._read(section + first * dtype.itemsize, count * dtype.itemsize), dtype)
 
 
-def _bisect(value: Callable[[int], int], count: int, wanted: int) -> int:
-    """The first of ``count`` sorted values that is not below ``wanted``."""
-    low, high = 0, count
+def _bisect(value: Callable[[int], int], count: int, wanted: int, *, near: int) -> int:
+    """The first of ``count`` sorted values that is not below ``wanted``; looked for from ``near`` on, ever farther."""
+    low, high, step = 0, count, 1
+    probe = min(max(near, 0), count - 1)
     while low < high:
-        middle = (low + high) // 2
-        if value(middle) < wanted:
-            low = middle + 1
+        if value(probe) < wanted:
+            low, probe = probe + 1, probe + step
         else:
-            high = middle
+            high, probe = probe, probe - step
+        step *= 2
+        if not low <= probe < high:
+            probe = (low + high) // 2
     return low
 
 

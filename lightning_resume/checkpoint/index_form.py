@@ -10,9 +10,6 @@ import numpy as np
 
 from lightning_resume.checkpoint.stored import StoredItem
 
-PAGE_BYTES = 2**16
-"""The index is hashed in pages, so that a part of it can be verified."""
-
 MAGIC = b"LRindex1"
 PREAMBLE = struct.Struct("<8sQ")
 ROW = np.dtype(

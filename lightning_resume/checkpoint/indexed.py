@@ -6,11 +6,10 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar, final
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,7 +27,7 @@ from lightning_resume.checkpoint.index import Index
 from lightning_resume.checkpoint.index_form import Box, Placed
 from lightning_resume.checkpoint.items import ItemSource
 from lightning_resume.checkpoint.names import INDEX_NAME
-from lightning_resume.checkpoint.pages import Pages
+from lightning_resume.checkpoint.pages import HASH_BYTES, HASHES_AT_ONCE, PAGE_BYTES, Pages
 from lightning_resume.checkpoint.reads import Piece, Read, digest_of, fetch_all, fetch_shared, local_readers
 from lightning_resume.errors import CheckpointCorruptError, CheckpointIncompleteError
 
@@ -38,7 +37,7 @@ _PIECE_BYTES = 2**23
 """Of what one thread reads at once, and of what lies in memory beside the tensors."""
 _REMOTE_PIECE_BYTES = 2**25
 _REMOTE_READERS = 8
-_REMOTE_PAGES = 64  # of the index at once: a request takes as long as reading some MiB
+_REMOTE_BYTES = 2**22  # of the index at once: a request takes as long as reading some MiB
 
 
 class IndexedContent:
@@ -53,16 +52,23 @@ class IndexedContent:
 
     def __init__(self, source: ItemSource) -> None:
         self._source = source
-        size = source.checked_size(INDEX_NAME)
-        pages = [item[2] for item in source.entry(INDEX_NAME).items]
+        source.checked_size(INDEX_NAME)
+        (_, size, _), *hashes = source.entry(INDEX_NAME).items or [(0, 0, "")]
+
+        @cache
+        def hashes_of(piece: int) -> bytes:
+            offset, length, expected = hashes[piece]
+            found = source.part(INDEX_NAME, offset, length)
+            source.compare(f"file {INDEX_NAME}, piece {piece} of the hashes of its pages", expected, found)
+            return found
 
         def check(number: int, page: bytes) -> None:
-            expected = pages[number] if number < len(pages) else "none"
-            found = xxhash.xxh3_128_hexdigest(page)
-            if found != expected:
-                source.reject(f"file {INDEX_NAME}, page {number}", f"xxh3-128 {expected}", found)
+            piece, place = divmod(number, HASHES_AT_ONCE)
+            known = hashes_of(piece) if piece < len(hashes) else b""
+            expected = known[place * HASH_BYTES : (place + 1) * HASH_BYTES].hex() or "none"
+            source.compare(f"file {INDEX_NAME}, page {number}", expected, page)
 
-        at_once = _REMOTE_PAGES if source.is_remote else 1
+        at_once = _REMOTE_BYTES // PAGE_BYTES if source.is_remote else 1
         read = Pages(lambda offset, length: source.part(INDEX_NAME, offset, length), check, size, at_once=at_once)
         self._index = self._checked(lambda: Index(read, size, source.file_sizes()))
         self._leaf_bytes: dict[str, int] = {}

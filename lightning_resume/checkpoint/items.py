@@ -46,7 +46,7 @@ class ItemSource:
         """
         data = self.part(name, 0, self.checked_size(name))
         if self._files is not None:
-            self._compare(f"file {name}", self._files[name].hash, data)
+            self.compare(f"file {name}", self._files[name].hash, data)
         return data
 
     def part(self, name: str, offset: int, length: int) -> bytes:
@@ -212,7 +212,8 @@ class ItemSource:
                 raise
             self.reject(f"file {name}", wanted, str(error), error)
 
-    def _compare(self, what: str, expected: str, data: bytes) -> None:
+    def compare(self, what: str, expected: str, data: bytes) -> None:
+        """Raises the :class:`CheckpointCorruptError` that names ``what`` where ``data`` hashes to something else."""
         found = xxhash.xxh3_128_hexdigest(data)
         if found != expected:
             self.reject(what, f"xxh3-128 {expected}", found)

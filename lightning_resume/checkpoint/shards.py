@@ -25,9 +25,10 @@ from lightning_resume.checkpoint._dcp import StorageInfo, dump_metadata
 from lightning_resume.checkpoint.archive import contiguous, frame_of, memory_of
 from lightning_resume.checkpoint.filesystem import HashedFile, new_file
 from lightning_resume.checkpoint.index_build import Entry, build_index
-from lightning_resume.checkpoint.index_form import PAGE_BYTES, Box, Placed
+from lightning_resume.checkpoint.index_form import Box, Placed
 from lightning_resume.checkpoint.manifest import FileEntry
 from lightning_resume.checkpoint.names import INDEX_NAME, LEAF_PREFIX, METADATA_NAME, data_name
+from lightning_resume.checkpoint.pages import hashes_of_pages
 from lightning_resume.checkpoint.paths import AnyPath
 from lightning_resume.checkpoint.planning import Planned, plan_save
 from lightning_resume.checkpoint.stored import StoredItem, blocks_of, hash_of_items
@@ -332,7 +333,7 @@ def _write_whole(path: AnyPath, data: bytes) -> FileEntry:
 
 def _write_pages(path: AnyPath, data: bytes) -> FileEntry:
     with HashedFile(path) as file:
-        for start in range(0, len(data), PAGE_BYTES):
-            file.write(data[start : start + PAGE_BYTES])
+        for part in (data, *hashes_of_pages(data)):
+            file.write(part)
             file.end_item()
     return file.entry()
