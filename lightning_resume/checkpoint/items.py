@@ -29,6 +29,7 @@ class ItemSource:
         self.folder = folder if manifest is None or manifest.folder is None else folder / manifest.folder
         self._files: Mapping[str, FileEntry] | None = None if manifest is None else manifest.files
         self._sizes: dict[str, int | None] = {}
+        self._paths: dict[str, AnyPath] = {}
         self._lock = threading.Lock()
 
     @property
@@ -56,7 +57,7 @@ class ItemSource:
             CheckpointCorruptError: There are not so many.
         """
         with self._reading(name, offset, length):
-            data = read_range(self.folder / name, offset, length)
+            data = read_range(self._path(name), offset, length)
         if len(data) != length:
             self.reject(f"file {name}", f"{length} bytes from byte {offset}", f"{len(data)} bytes")
         return data
@@ -139,7 +140,7 @@ class ItemSource:
 
     def _read_local(self, name: str, item: StoredItem, start: int, stop: int, into: memoryview, what: str) -> None:
         base = item.offset + item.head
-        with self._reading(name, base + start, stop - start), _opened(self.folder / name) as file:
+        with self._reading(name, base + start, stop - start), _opened(self._path(name)) as file:
             for number, first, end in blocks_of(item.data, start, stop):
                 whole = start <= first and end <= stop
                 block = into[first - start : end - start] if whole else memoryview(bytearray(end - first))
@@ -179,11 +180,17 @@ class ItemSource:
             self.reject(f"file {name}", f"{self.entry(name).bytes} bytes", f"{size} bytes")
         return size
 
+    def _path(self, name: str) -> AnyPath:
+        """Made once: an index is read by thousands of pages."""
+        if name not in self._paths:
+            self._paths[name] = self.folder / name
+        return self._paths[name]
+
     def _size(self, name: str) -> int | None:
         """Asked for once: on a remote store it is a request."""
         with self._lock:
             if name not in self._sizes:
-                self._sizes[name] = size_of(self.folder / name)
+                self._sizes[name] = size_of(self._path(name))
             return self._sizes[name]
 
     def file_sizes(self) -> dict[str, int]:

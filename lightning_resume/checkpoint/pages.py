@@ -65,21 +65,18 @@ class Pages:
 
     def _verified(self, first: int, last: int) -> list[bytes]:
         """The pages from ``first`` to ``last``."""
-        missing = [number for number in range(first, last + 1) if number not in self._kept]
-        found = {number: self._kept[number] for number in range(first, last + 1) if number in self._kept}
+        found = [self._kept.pop(number, b"") for number in range(first, last + 1)]
+        missing = [place for place, page in enumerate(found) if not page]
         if missing:
-            start, data = self._fetched(missing[0], missing[-1])
-            view = memoryview(data)
-            for number in missing:
-                begin = (number - start) * PAGE_BYTES
-                found[number] = bytes(view[begin : begin + PAGE_BYTES])
-                self._check(number, found[number])
-        for number in range(first, last + 1):
-            self._kept[number] = found[number]
-            self._kept.move_to_end(number)
+            start, data = self._fetched(first + missing[0], first + missing[-1])
+            for place in missing:
+                begin = (first + place - start) * PAGE_BYTES
+                found[place] = data[begin : begin + PAGE_BYTES]
+                self._check(first + place, found[place])
+        self._kept.update(enumerate(found, first))  # the last that were used come last
         while len(self._kept) * PAGE_BYTES > _KEPT_BYTES:
             self._kept.popitem(last=False)
-        return [found[number] for number in range(first, last + 1)]
+        return found
 
     def _fetched(self, first: int, last: int) -> tuple[int, bytes]:
         """At least the pages from ``first`` to ``last``, not verified, and which page the bytes begin with."""
