@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from lightning_resume.errors import CheckpointSaveError
 _ALIGNMENT = 64
 _PROBE = 32  # bytes
 _PLAIN = (torch.Tensor, Parameter, Buffer)
+_Bytes: TypeAlias = np.ndarray[Any, Any]
 _Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -106,29 +107,56 @@ def _anonymous_file(bytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """One copy that is to be made, and the mark of its source when it was planned."""
+    """One copy that is to be made, and what its source was like when it was planned.
+
+    Torch counts the changes of a tensor, but not those through ``.data``: so some bytes are compared too.
+    """
 
     name: str
     source: torch.Tensor
     target: torch.Tensor
-    mark: tuple[int, bytes]
+    memory: tuple[_Bytes, _Bytes] | None
+    """Those of source and target, where both lie in host memory as they are."""
+    version: int
+    ends: bytes
+
+    @classmethod
+    def planned(cls, name: str, source: torch.Tensor, target: torch.Tensor, target_bytes: _Bytes | None) -> _Copy:
+        own = None if target_bytes is None else _bytes_of(source)
+        both = None if own is None or target_bytes is None else (own, target_bytes)
+        ends = b"" if own is None else _ends(own)
+        return cls(name=name, source=source, target=target, memory=both, version=_version(source), ends=ends)
 
     def make(self) -> None:
         """Copies on this thread alone where it can: torch would start a team of threads beside those that train."""
-        source = self.source
-        if source.device.type != "cpu" or not source.is_contiguous() or source.is_conj() or source.is_neg():
-            self.target.copy_(source, non_blocking=True)
-        elif source.numel():
-            np.copyto(_bytes(self.target), _bytes(source))
+        if self.memory is None:
+            self.target.copy_(self.source, non_blocking=True)
+        else:
+            source, target = self.memory
+            np.copyto(target, source)
 
     @property
     def is_of_its_moment(self) -> bool:
         """Whether source and copy are as they were; ask where no other thread changes the source."""
-        return _mark(self.source) == self.mark and self.mark[1] in (_ends(self.target), b"")
+        return _version(self.source) == self.version and (
+            self.memory is None or all(_ends(one) == self.ends for one in self.memory)
+        )
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _bytes_of(tensor: torch.Tensor) -> _Bytes | None:
+    """The memory of a tensor; None where it is a GPU's, which would have to be waited for, or has gaps."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
     return tensor.flatten().view(torch.uint8).numpy()
+
+
+def _ends(content: _Bytes) -> bytes:
+    """The first bytes and the last."""
+    return content[:_PROBE].tobytes() + content[-_PROBE:].tobytes()
 
 
 class Snapshot:
@@ -215,6 +243,7 @@ class Stager:
         self._shared = shared
         self._layout: _Layout = {}
         self._targets: dict[str, torch.Tensor] = {}
+        self._target_bytes: dict[str, _Bytes | None] = {}
         self.memory: Memory | None = None
 
     @torch.no_grad()
@@ -233,14 +262,13 @@ class Stager:
                 if name not in deferred:
                     self._targets[name].copy_(part, non_blocking=True)
         copies = [
-            _Copy(name=name, source=part, target=self._targets[name], mark=_mark(part))
-            for name, part in deferred.items()
+            _Copy.planned(name, part, self._targets[name], self._target_bytes[name]) for name, part in deferred.items()
         ]
         return Snapshot(_rebuilt(state, "", self._targets), copies)
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._layout, self._targets = {}, {}
+        self._layout, self._targets, self._target_bytes = {}, {}, {}
         if self.memory is not None:
             self.memory.close()
             self.memory = None
@@ -256,6 +284,7 @@ class Stager:
         pinned = any(part.device.type == "cuda" for part in parts)
         self.memory = Memory(max(end, _ALIGNMENT), shared=self._shared, pinned=pinned)
         self._targets = {name: self.memory.tensor(offsets[name], *layout[name]) for name in layout}
+        self._target_bytes = {name: _bytes_of(target) for name, target in self._targets.items()}
         self._layout = layout
 
 
@@ -272,19 +301,6 @@ def storages_of(optimizers: Iterable[Optimizer]) -> set[int]:
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
-
-
-def _mark(tensor: torch.Tensor) -> tuple[int, bytes]:
-    """Tells whether a tensor was changed: torch counts changes, but not those through ``.data``, so some bytes too."""
-    return (0 if tensor.is_inference() else tensor._version), _ends(tensor)
-
-
-def _ends(tensor: torch.Tensor) -> bytes:
-    """The first and last bytes of a tensor in host memory; none of another, for which a GPU would have to be waited."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return b""
-    content = _bytes(tensor)
-    return content[:_PROBE].tobytes() + content[-_PROBE:].tobytes()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
