@@ -81,7 +81,7 @@ storm: $(STAMP) ## the large settings: random kills, crash points, flipped bits,
 real-run: $(STAMP) ## 400 MB of text, trained on by both stacks, killed, resumed at other topologies, and counted
 	$(BIN)/python -m tests.real_run
 
-bench: $(STAMP) ## everything that is to be fast, beside what others offer and the limits of the machine (20 minutes)
+bench: $(STAMP) ## everything that is to be fast, beside what others offer and the limits of the machine (three quarters of an hour)
 	$(BIN)/python benchmarks/report.py
 
 bench-quick: $(STAMP) ## the same, smaller and rougher (under three minutes)

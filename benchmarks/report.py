@@ -1,8 +1,9 @@
-"""Runs every benchmark and compares what it finds with what is to be reached: figures, a table and a plot.
+"""Runs every benchmark and compares what it finds with what is to be reached: figures, tables and a plot.
 
-    python benchmarks/report.py                    # some 20 minutes
+    python benchmarks/report.py                    # three quarters of an hour
     python benchmarks/report.py --quick            # under three, and rougher
-    python benchmarks/report.py --write            # puts the table and the plot into docs/performance.md
+    python benchmarks/report.py --write            # puts the tables and the plot into docs/performance.md
+    python benchmarks/report.py --write --of benchmarks.json --only planning  # of an earlier run, but for one part
 
 ``--output`` (``benchmarks.json``) holds the ratios by name and all that each benchmark has found.
 """
@@ -180,15 +181,28 @@ def _iteration(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def _planning(by_ranks: dict[str, Any]) -> Iterator[Row]:
-    for ranks, figures in by_ranks.items():
-        if "failed" not in figures:
-            yield Row(
-                what=f"one rank opens a checkpoint of {ranks} ranks and 1000 tensors and finds its part, s",
-                ours=figures["one rank opens ours"] + figures["one rank finds its shards in ours"],
-                most=0.5,
-                stock=figures["one rank unpickles .metadata"],
-                stock_name="`.metadata`",
-            )
+    planned = {ranks: figures for ranks, figures in by_ranks.items() if "failed" not in figures}
+    for ranks, figures in planned.items():
+        yield Row(
+            what=f"one rank opens a checkpoint of {ranks} ranks and 1000 tensors and finds its part, s",
+            ours=figures["one rank opens ours"] + figures["one rank finds its shards in ours"],
+            most=0.5,
+            stock=figures["one rank unpickles .metadata"],
+            stock_name="`.metadata`",
+        )
+    if len(planned) > 1:
+        few, many = next(iter(planned)), next(reversed(planned))
+        read = {ranks: planned[ranks]["MB manifest.json"] + planned[ranks][_INDEX_READ] for ranks in (few, many)}
+        yield Row(
+            what=f"what it reads before it loads, of a checkpoint of {many} ranks ÷ of {few} ranks",
+            ours=read[many] / read[few],
+            most=1.1,
+            stock=planned[many]["MB .metadata"] / planned[few]["MB .metadata"],
+            stock_name="`.metadata`",
+        )
+
+
+_INDEX_READ = "MB of .index that one rank reads"
 
 
 # -- the table and the plot
@@ -200,6 +214,28 @@ def table(found: Sequence[Row]) -> str:
         ours = f"{row.ours:.2f}" if row.most > 0.1 else f"{row.ours:.3f}"
         stock = "" if row.stock is None else f"{row.stock:.2f} {row.stock_name}"
         lines.append(f"| {row.what} | {ours if row.reached else f'**{ours}**'} | ≤ {row.most:g} | {stock} |")
+    return "\n".join(lines)
+
+
+def loaders_table(loaders: dict[str, Any]) -> str:
+    """The first batch after a resume: ours and each anchor, beside the first line."""
+    settings, ways = loaders["settings"], [way for way in loaders["ways"] if way["first_batch"]]
+    points = list(ways[0]["first_batch"])
+    medians = [[statistics.median(way["first_batch"][point]) for point in points] for way in ways]
+    head = [f"first batch after {point} %" for point in points]
+    lines = [
+        f"Seconds to the first batch after a resume, of {settings['rows']:,} rows in {settings['files']} files, in"
+        f" batches of {settings['batch_size']}; in brackets ÷ the first line.",
+        "",
+        f"| loader | {' | '.join(head)} | rows lost | repeated | |",
+        f"|---|{'---|' * len(points)}---|---|---|",
+    ]
+    for way, of_way in zip(ways, medians, strict=True):
+        cells = [f"{taken:.3f} ({taken / first:.1f})" for taken, first in zip(of_way, medians[0], strict=True)]
+        wrong = [f"{point} %" for point, right in way["first_batch_is_right"].items() if not right]
+        remarks = [way["remark"], f"another batch after {', '.join(wrong)}" if wrong else ""]
+        cells += [str(way["lost"]), str(way["repeated"]), "; ".join(filter(None, remarks))]
+        lines.append(f"| {way['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -266,20 +302,27 @@ def main() -> None:
     size.add_argument("--tiny", action="store_true", help="only to see that all of it runs")
     parser.add_argument("--folder", help="where to save (default: the folder for temporary files)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.json"))
-    parser.add_argument("--write", action="store_true", help="put the table and the plot into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables and the plot into docs/performance.md")
+    parser.add_argument("--of", type=Path, help="take the figures from the file of an earlier run")
+    parser.add_argument("--only", nargs="+", choices=LARGE, default=[], help="run only these, also with --of")
     options = parser.parse_args()
     settings = QUICK if options.quick else TINY if options.tiny else LARGE
+    if options.only or options.of:
+        settings = {name: settings[name] for name in settings if name in options.only}
+    earlier = json.loads(options.of.read_text()) if options.of else {"found": {}, "about": {"settings": {}}}
     found, failed = run(settings, options.folder, lambda text: print(text, flush=True))
+    about = {**earlier["about"], **machine(), "settings": earlier["about"]["settings"] | settings}
+    found = earlier["found"] | found
     compared = list(rows(found))
-    about = {**machine(), "settings": settings}
     ratios = [dataclasses.asdict(row) | {"reached": row.reached} for row in compared]
     options.output.write_text(json.dumps({"about": about, "ratios": ratios, "found": found}, indent=1))
-    print(table(compared))
+    tables = [table(compared)] + ([loaders_table(found["loaders"])] if "loaders" in found else [])
+    print("\n\n".join(tables))
     print(f"{sum(row.reached for row in compared)} of {len(compared)} reached; figures in {options.output}")
     plot(compared, PLOT if options.write else options.output.with_suffix(".png"))
     if options.write:
         text = PAGE.read_text()
-        told = f"{BEGIN}\n{_said(about)}\n\n{table(compared)}\n{END}"
+        told = "\n\n".join([f"{BEGIN}\n{_said(about)}", *tables]) + f"\n{END}"
         PAGE.write_text(text[: text.index(BEGIN)] + told + text[text.index(END) + len(END) :])
     if failed:
         sys.exit("\n".join(failed))
