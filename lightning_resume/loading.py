@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
+import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_resume import _distributed
-from lightning_resume.checkpoint._dcp import unflatten_state_dict
+from lightning_resume.checkpoint._dcp import ObjectPath, unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
 from lightning_resume.checkpoint.layout import Kind, resolve
 from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
@@ -24,11 +25,14 @@ from lightning_resume.errors import (
     CheckpointMismatchError,
 )
 from lightning_resume.state import collect
-from lightning_resume.state.component import BUFFERS, USER
+from lightning_resume.state.component import BUFFERS, LOST, USER
+from lightning_resume.state.exact import Lost, checked, put_back_lost, within
 from lightning_resume.state.objects import Objects, put_back
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+_NOTHING: Mapping[str, Any] = {}
 
 Check = Callable[[SavedComponents | None], None]
 
@@ -105,14 +109,17 @@ def load_folder(
     meta = _distributed.agree(f"reading {str(path)!r}", lambda: dict(reader.meta(weights_only=not trust)))
     if not state and content_if_empty:
         content = _distributed.agree(f"reading {str(path)!r}", reader.read)
+        put_back_lost(content, lost_of(components))
         return Loaded(remainder={**content, **meta}, components=components)
+
+    lost = lost_of(components)
 
     def examine() -> dict[str, list[list[Any]]]:
         saved_keys = {str(keypath[0]) for keypath in reader.mappings.values()} | set(meta)
         _check_keys(state, saved_keys, strict=strict)
         for key, module in objects.modules.items():
             if key in saved_keys:
-                _check_model(reader, key, module, strict=strict)
+                _check_model(reader, key, module, lost, strict=strict)
         groups = {key: _saved_groups(reader, key) for key in objects.optimizers if key in saved_keys}
         for key, saved in groups.items():
             collect.check_optimizer(key, objects.optimizers[key], saved, objects.owners)
@@ -122,10 +129,10 @@ def load_folder(
     _distributed.agree(f"checking {str(path)!r} against the loaders", lambda: check(components))
     with filling(path):
         for key, module in objects.modules.items():
-            _load_model(reader, key, module, strict=strict)
+            _load_model(reader, key, module, lost, strict=strict)
         load_own_buffers(objects.modules, components)
         for key in groups:
-            _load_optimizer(reader, key, objects.optimizers[key], objects.owners)
+            _load_optimizer(reader, key, objects.optimizers[key], objects.owners, lost)
     _distributed.agree("restoring objects", lambda: _load_others(state, objects, meta, components))
     return Loaded(remainder=meta, components=components)
 
@@ -160,13 +167,14 @@ def load_single_file(
 
     _distributed.agree(f"checking {str(path)!r} against the state given", examine)
     _distributed.agree(f"checking {str(path)!r} against the loaders", lambda: check(components))
-    for key, module in objects.modules.items():
-        if key in content:
-            collect.load_full_model_state(module, content.pop(key), strict=strict)
+    models = {key: content.pop(key) for key in objects.modules if key in content}
+    for key, model in models.items():
+        collect.load_full_model_state(objects.modules[key], model, strict=strict)
     load_own_buffers(objects.modules, components)
     for key, optimizer in objects.optimizers.items():
         if key in content:
-            collect.load_full_optimizer_state(optimizer, content.pop(key), objects.owners)
+            dtypes = objects.owners.dtypes(optimizer, models)
+            collect.load_full_optimizer_state(optimizer, content.pop(key), objects.owners, dtypes=dtypes)
     _distributed.agree("restoring objects", lambda: _load_others(state, objects, content, components))
     return Loaded(remainder=content, components=components)
 
@@ -249,8 +257,13 @@ def _check_keys(state: Mapping[str, Any], saved: Iterable[str], *, strict: bool)
         )
 
 
-def _check_model(reader: CheckpointReader, key: str, module: Module, *, strict: bool) -> None:
-    saved = {path[1]: reader.keys[flat] for flat, path in reader.mappings.items() if path[0] == key and len(path) > 1}
+def _check_model(reader: CheckpointReader, key: str, module: Module, lost: Lost, *, strict: bool) -> None:
+    saved: dict[Any, Any] = {
+        path[1]: reader.keys[flat] if len(path) == 2 else None
+        for flat, path in reader.mappings.items()
+        if path[0] == key and len(path) > 1
+    }
+    saved |= {path[0]: None for path, _ in lost.get(key, ())}
     _check_names(key, collect.model_state(module), saved, strict=strict)
 
 
@@ -289,24 +302,31 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return None if size is None else tuple(size)
 
 
-def _load_model(reader: CheckpointReader, key: str, module: Module, *, strict: bool) -> None:
+def _load_model(reader: CheckpointReader, key: str, module: Module, lost: Lost, *, strict: bool) -> None:
+    current = collect.model_state(module)
     saved = {path[1] for path in reader.mappings.values() if path[0] == key and len(path) > 1}
-    target = {name: value for name, value in collect.model_state(module).items() if name in saved}
-    if not target:
-        return
-    state = {key: target}
-    reader.load_into(state, together=True)
-    collect.load_model_state(module, state[key], strict=strict)
+    # into what a module's `get_extra_state` has now, only what it has now would be loaded
+    extra = {name for name, value in current.items() if not isinstance(value, torch.Tensor)}
+    state = _skeleton(reader, lambda path: path[0] == key and len(path) > 1 and path[1] in extra, lost)
+    target = state.setdefault(key, {})
+    target |= {name: value for name, value in current.items() if name in saved - extra}
+    if target:
+        reader.load_into(state, together=True)
+    put_back_lost(state, {key: [(path, value) for path, value in lost.get(key, ()) if path[0] in current]})
+    if target:
+        collect.load_model_state(module, target, strict=strict)
 
 
 def _saved_groups(reader: CheckpointReader, key: str) -> list[list[Any]]:
     """The parameters of each saved group. Stored apart from the tensors, so this reads a few bytes."""
-    groups = _optimizer_skeleton(reader, key, {}, only="param_groups")
+    groups = _skeleton(reader, lambda path: path[:2] == (key, "param_groups"), {})
     reader.load_into(groups)
     return [list(group["params"]) for group in groups[key]["param_groups"]]
 
 
-def _load_optimizer(reader: CheckpointReader, key: str, optimizer: Optimizer, owners: collect.Owners) -> None:
+def _load_optimizer(
+    reader: CheckpointReader, key: str, optimizer: Optimizer, owners: collect.Owners, lost: Lost
+) -> None:
     modules = owners.of(optimizer)
     one = len(modules) == 1
     shapes = {
@@ -314,21 +334,40 @@ def _load_optimizer(reader: CheckpointReader, key: str, optimizer: Optimizer, ow
         for owner, module in modules.items()
         for name, value in collect.model_state(module).items()
     }
-    state = _optimizer_skeleton(reader, key, shapes)
+    state = _skeleton(reader, lambda path: path[0] == key, lost, shapes)
     reader.load_into(state, together=True)
-    collect.load_optimizer_state(optimizer, {"state": {}, "param_groups": [], **state[key]}, owners)
+    state[key] = {"state": {}, "param_groups": [], **state.get(key, {})}
+    put_back_lost(state, {key: lost.get(key, [])})
+    saved: dict[str, dict[str, Any]] = {owner: {} for owner in modules}
+    for flat, path in reader.mappings.items():
+        if path[0] in modules and len(path) == 2:
+            saved[str(path[0])][str(path[1])] = reader.keys[flat]
+    collect.load_optimizer_state(optimizer, state[key], owners, dtypes=owners.dtypes(optimizer, saved))
 
 
-def _optimizer_skeleton(
-    reader: CheckpointReader, key: str, model: Mapping[str, Any], only: str | None = None
+def _skeleton(
+    reader: CheckpointReader, chosen: Callable[[ObjectPath], bool], lost: Lost, model: Mapping[str, Any] = _NOTHING
 ) -> dict[str, Any]:
-    """The nested state of one optimizer as it was saved, to be filled: empty tensors laid out as the parameters."""
+    """What was saved at the ``chosen`` paths, to be filled; state of a parameter in tensors laid out as it is.
+
+    Without what lies in ``lost``, which is complete.
+    """
     flat: dict[str, Any] = {}
+    is_in = within(lost)
     for name, path in reader.mappings.items():
-        if path[0] == key and (only is None or path[1] == only):
-            info = reader.keys[name]
-            flat[name] = None if info is None else collect.like(model, str(path[2]), info.shape, info.dtype)
+        if chosen(path) and not is_in(path):
+            info, parameter = reader.keys[name], str(path[2]) if len(path) > 2 else ""
+            flat[name] = None if info is None else collect.like(model, parameter, info.shape, info.dtype)
     return unflatten_state_dict(flat, {name: reader.mappings[name] for name in flat})
+
+
+def lost_of(components: SavedComponents | None) -> Lost:
+    """What flat keys do not hold of this rank's state."""
+    ranks = None if components is None else components.ranks(LOST)
+    if components is None or ranks is None:
+        return {}
+    rank = _distributed.rank()
+    return checked(components.value(LOST, rank if rank < ranks else 0))
 
 
 def _load_others(
@@ -391,6 +430,7 @@ def read_trainer_folder(path: PathLike, *, optimizers: bool, trust: bool, verify
 
     def read() -> dict[str, Any]:
         state = reader.read(wanted)
+        put_back_lost(state, lost_of(components))
         content: dict[str, Any] = dict(reader.meta(weights_only=not trust))
         content["state_dict"] = state.get("state_dict", state.get("model", {}))
         if optimizers:

@@ -26,7 +26,8 @@ from lightning_resume.checkpoint.writer import Packed, write_checkpoint
 from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeError, ResumeWarning
 from lightning_resume.loading import Verify
 from lightning_resume.state import collect
-from lightning_resume.state.component import BUFFERS, USER, Component, Sharing
+from lightning_resume.state.component import BUFFERS, LOST, USER, Component, Sharing
+from lightning_resume.state.exact import lost_in
 from lightning_resume.state.objects import Objects, to_saved
 from lightning_resume.state.topology import Topology
 
@@ -179,7 +180,8 @@ def save_state(
         optimizers: Those that change ``tensors``.
         done: Called once the checkpoint is durable, on the thread that wrote it. May be a collective.
     """
-    stored = with_own_values(meta, components, buffers)
+    lost = Component(name=LOST, value=lost_in(tensors), sharing=Sharing.REPLICATED, required=False)
+    stored = with_own_values(meta, [*components, lost], buffers)
     alike = {key: _without(value, buffers.get(key, ())) for key, value in tensors.items()}
     if validate is not None:
         validate_replicas(alike, validate)
@@ -283,7 +285,8 @@ def with_own_values(
     values |= {f"{BUFFERS}{key}": dict(value) for key, value in buffers.items()}
     own = [Component(name=n, value=v, sharing=Sharing.REPLICATED, required=False) for n, v in values.items()]
     settled = settle([*components, *own])
-    return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in values]
+    if_own = {*values, *(component.name for component in components if component.name == LOST and not component.value)}
+    return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in if_own]
 
 
 def _with(state: dict[str, Any], key: str, buffers: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -165,9 +165,11 @@ class TrainerCheckpoints:
         strict = self.trainer.lightning_module.strict_loading
         if kind is Kind.SINGLE_FILE:
             content = _distributed.agree(f"reading {path}", lambda: dict(loading.read_file(path, trust=trust)))
-            collect.load_full_model_state(model, content.pop("state_dict"), strict=strict)
+            owners, weights = self._owners(), content.pop("state_dict")
+            collect.load_full_model_state(model, weights, strict=strict)
             for optimizer, whole in zip(optimizers, content.pop("optimizer_states", []), strict=False):
-                collect.load_full_optimizer_state(optimizer, whole, self._owners())
+                dtypes = owners.dtypes(optimizer, {"model": weights})
+                collect.load_full_optimizer_state(optimizer, whole, owners, dtypes=dtypes)
             loaded = _of_file(content)
             loading.load_own_buffers({"state_dict": model}, loaded.components)
             return loaded
@@ -206,8 +208,10 @@ class TrainerCheckpoints:
             return
         for i, (optimizer, state) in enumerate(zip(self._loops.optimizers, states, strict=False)):
             saved = [list(group["params"]) for group in state["param_groups"]]
-            collect.check_optimizer(f"optimizer_{i}", optimizer, saved, self._owners())
-            collect.load_optimizer_state(optimizer, state, self._owners())
+            owners = self._owners()
+            collect.check_optimizer(f"optimizer_{i}", optimizer, saved, owners)
+            dtypes = owners.dtypes(optimizer, {"model": checkpoint["state_dict"]})
+            collect.load_optimizer_state(optimizer, state, owners, dtypes=dtypes)
 
 
 def _of_file(content: dict[str, Any]) -> loading.Loaded:

@@ -202,6 +202,38 @@ def test_parameters_of_no_optimizer_are_copied_at_once(tmp_path: Path) -> None:
     assert_alike(content(tmp_path / "step-00000001")["other"]["weight"], saved, "weight")
 
 
+def test_what_would_not_be_seen_to_change_is_copied_at_once(tmp_path: Path) -> None:
+    """Weights with gaps or in another order than in a file, and tensors of which torch counts no changes."""
+    net: Any = nn.Sequential(nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last))
+    with torch.inference_mode():
+        net.inference = nn.Parameter(torch.arange(100.0), requires_grad=False)
+    state = {"net": net, "optimizer": torch.optim.SGD(net.parameters())}
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    with CheckpointManager(tmp_path, async_save=True, staging="deferred") as manager, slow_copies():
+        manager.save(state, step=1)
+        net[0].weight.data.clamp_(-0.01, 0.01)
+        with torch.inference_mode():
+            net.inference[10:-10].add_(1)
+    assert_alike(content(tmp_path / "step-00000001")["net"], expected, "net")
+
+
+def test_a_key_without_a_name_is_not_taken_for_another(tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, Any]:
+        inner = nn.Sequential()
+        inner.add_module("a", nn.Linear(3, 3))
+        modules = {"": inner, "a": nn.Linear(3, 3)}
+        for number, module in enumerate(modules.values()):
+            nn.init.constant_(next(module.parameters()), value + number)
+        return modules
+
+    with CheckpointManager(tmp_path, async_save=True) as manager:
+        manager.save(state(1.0), step=1)
+    fresh = state(5.0)
+    CheckpointManager(tmp_path).load(fresh)
+    assert fresh[""].a.weight[0, 0] == 1
+    assert fresh["a"].weight[0, 0] == 2
+
+
 def test_tensors_of_every_layout_are_copied(tmp_path: Path) -> None:
     net: Any = nn.Sequential(
         nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.Linear(4, 4, dtype=torch.bfloat16)

@@ -655,6 +655,7 @@ INDEXES: dict[str, Callable[[Path], None]] = {
     "deep JSON": text_of_head(lambda _: b"[" * 10**6),
     "a number of a million digits": text_of_head(lambda _: b'{"keys": [' + b"9" * 10**6 + b"]}"),
     "a head that is no JSON": text_of_head(lambda _: b"\x80\x04."),
+    "a head in UTF-16": text_of_head(lambda head: head.decode().encode("utf-16-le")),
     "a head that is a list": text_of_head(lambda _: b"[]"),
     "a head beyond the file": lambda path: replace_index(path, b"LRindex1" + b"\xff" * 8 + bytes(99)),
     "another magic": lambda path: replace_index(path, b"LRindex2" + index_of(path)[8:]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -325,3 +326,30 @@ class SlowAtFirst(Noisy):
         info = get_worker_info()
         time.sleep(0.02 if info is not None and info.id == 0 else 0)
         return super().__getitem__(index)
+
+
+class WithAnEmptyBatch:
+    """Batches of the user's own making, one of which has no samples."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([0, 1], [2], [], [3, 4], [5])
+
+    def __len__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_without_samples_is_a_batch(num_workers: int) -> None:
+    def loader() -> Any:
+        options: dict[str, Any] = {"batch_sampler": WithAnEmptyBatch(), "collate_fn": list, "num_workers": num_workers}
+        return make_resumable(DataLoader(range(6), **options), seed=1)  # type: ignore[arg-type]
+
+    expected = [[0, 1], [2], [], [3, 4], [5]]
+    whole = loader()
+    assert list(whole) == expected
+    for count in range(1, 5):
+        begun, resumed = loader(), loader()
+        batches = iter(begun)
+        assert [next(batches) for _ in range(count)] == expected[:count]
+        resumed.load_state_dict(begun.state_dict())
+        assert list(resumed) == expected[count:]

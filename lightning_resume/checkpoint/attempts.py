@@ -29,7 +29,7 @@ class Attempt:
 def read_attempts(root: AnyPath) -> dict[str, Attempt]:
     """What is counted in the run folder ``root``; nothing, with a warning, where the file cannot be understood."""
     try:
-        content = json.loads(read_bytes(root / ATTEMPTS_NAME))
+        content = json.loads(str(read_bytes(root / ATTEMPTS_NAME), "utf-8"))
         return {name: Attempt(sequence=int(a["sequence"]), count=int(a["count"])) for name, a in content.items()}
     except FileNotFoundError:
         return {}

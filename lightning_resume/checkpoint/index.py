@@ -175,7 +175,7 @@ class Index:
         else:
             begin = lambda row: int(self._boxes(info, row, 1)[0, info.along])  # noqa: E731
             # shards are mostly of about one size
-            first = _bisect(begin, info.count, wanted, near=info.count * start // info.shape[info.along])
+            first = _bisect(begin, info.count, wanted, near=info.count * start // max(1, info.shape[info.along]))
             end = _bisect(begin, info.count, stop, near=first)
         return first, max(first, end)  # of what is not sorted, anything comes back
 
@@ -272,7 +272,7 @@ class _Head:
     @classmethod
     def of(cls, text: bytes) -> _Head:
         try:
-            body = json.loads(text)
+            body = json.loads(str(text, "utf-8"))  # of bytes, json would guess at other encodings
             head = cls(files=_texts(body["files"]), sections=[_count(section) for section in body["sections"]])
             for key, path, dtype, shape, count, along, largest in body["keys"]:
                 head._add_key(key, path, dtype, shape, [_count(number) for number in (count, along, largest)])

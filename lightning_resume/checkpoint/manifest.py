@@ -178,7 +178,7 @@ def is_plain_name(name: object) -> bool:
 
 def _parse(text: str | bytes, source: str) -> _Fields:
     try:
-        body = json.loads(text)
+        body = json.loads(text if isinstance(text, str) else str(text, "utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{source} is damaged: not JSON: {error}. Load another checkpoint.") from error
     if not isinstance(body, dict):

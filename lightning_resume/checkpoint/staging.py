@@ -125,7 +125,7 @@ class _Copy:
         own = None if target_bytes is None else _bytes_of(source)
         both = None if own is None or target_bytes is None else (own, target_bytes)
         ends = b"" if own is None else _ends(own)
-        return cls(name=name, source=source, target=target, memory=both, version=_version(source), ends=ends)
+        return cls(name=name, source=source, target=target, memory=both, version=source._version, ends=ends)
 
     def make(self) -> None:
         """Copies on this thread alone where it can: torch would start a team of threads beside those that train."""
@@ -138,13 +138,9 @@ class _Copy:
     @property
     def is_of_its_moment(self) -> bool:
         """Whether source and copy are as they were; ask where no other thread changes the source."""
-        return _version(self.source) == self.version and (
+        return self.source._version == self.version and (
             self.memory is None or all(_ends(one) == self.ends for one in self.memory)
         )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bytes_of(tensor: torch.Tensor) -> _Bytes | None:
@@ -194,9 +190,10 @@ class Snapshot:
         if self._changed:
             more = f" and {len(self._changed) - 1} more" if len(self._changed) > 1 else ""
             raise CheckpointSaveError(
-                f"{self._changed[0]}{more} changed after the save was asked for and before the optimizer's step, while"
-                " the values were being copied: the checkpoint would hold a mix. Pass staging='now' where a run changes"
-                " parameters outside of the optimizer's step (moving averages, clipped weights, `load_state_dict`)."
+                f"{self._changed[0][1:]}{more} changed after the save was asked for and before the optimizer's step,"
+                " while the values were being copied: the checkpoint would hold a mix. Pass staging='now' where a run"
+                " changes parameters outside of the optimizer's step (moving averages, clipped weights,"
+                " `load_state_dict`)."
             )
 
     def close(self) -> None:
@@ -256,7 +253,7 @@ class Stager:
         """
         parts = dict(_parts(state))
         self._reserve({name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}, parts.values())
-        deferred = {name: part for name, part in parts.items() if _address(part) in later}
+        deferred = {name: part for name, part in parts.items() if _address(part) in later and _can_wait(part)}
         with _Device(parts.values()):
             for name, part in parts.items():
                 if name not in deferred:
@@ -303,6 +300,11 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
 
 
+def _can_wait(tensor: torch.Tensor) -> bool:
+    """Whether it would be seen that a tensor was changed before it was copied."""
+    return not tensor.is_inference() and (tensor.device.type != "cpu" or _bytes_of(tensor) is not None)
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
 
@@ -315,7 +317,7 @@ def _parts(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name if len(parts) == 1 else f"{name}#{i}", part) for i, part in enumerate(parts))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _parts(inner, f"{name}.{key}" if name else str(key))
+            yield from _parts(inner, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
             yield from _parts(inner, f"{name}.{index}")
@@ -328,7 +330,7 @@ def _rebuilt(value: Any, name: str, targets: Mapping[str, torch.Tensor]) -> Any:
             return with_parts(value, [targets[part] for part, _ in _parts(value, name)])
         return value.detach().cpu().clone()  # of other kinds (sparse, quantized), which are rare
     if isinstance(value, Mapping):
-        return {key: _rebuilt(inner, f"{name}.{key}" if name else str(key), targets) for key, inner in value.items()}
+        return {key: _rebuilt(inner, f"{name}.{key}", targets) for key, inner in value.items()}
     if type(value) in (list, tuple) and any(_parts(value)):
         return type(value)(_rebuilt(inner, f"{name}.{index}", targets) for index, inner in enumerate(value))
     return copy.deepcopy(value)

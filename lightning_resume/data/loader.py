@@ -27,7 +27,6 @@ from lightning_resume.data.randomness import (
     Batch,
     KeyedCollate,
     KeyedDataset,
-    Request,
     StepDataset,
     as_it_is,
     draws_nothing,
@@ -317,11 +316,10 @@ class ElasticLoader(Resumable):
         start, share = self._start, self._share
         for window in order.windows(start, **self._counts):
             slices = [order.rank_slice(*window, rank=rank, world_size=share.world_size) for rank in share.ranks]
-            batches = [self._source.take(start, *one) for one in slices]
-            if all(batches):
-                made = [Batch.of(batch) for batch in batches]
-                yield made if share.whole else made[0]
-            if any(len(batch) < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
+            batches = [Batch.of(self._source.take(start, *one)) for one in slices]
+            if all(batch.positions for batch in batches):
+                yield batches if share.whole else batches[0]
+            if any(batch.positions < last - first for batch, (first, last) in zip(batches, slices, strict=True)):
                 return  # an unsized sampler has come to its end
 
     def moment(self, behind: int = 0) -> Callable[[], dict[str, Any]]:
@@ -462,9 +460,11 @@ class BatchRequests(Source):
         self.length, self.kind = source.length, source.kind
         self.resume_cost, self.state_size = source.resume_cost, source.state_size
 
-    def take(self, state: order.OrderState, start: int, stop: int) -> list[Request]:
+    def take(self, state: order.OrderState, start: int, stop: int) -> Batch:
         batches = self._source.take(state, start, stop)
-        return [Request(i, batch.epoch, (batch.key << 32) + n) for batch in batches for n, i in enumerate(batch.index)]
+        of_samples = [(i, batch.epoch, (batch.key << 32) + n) for batch in batches for n, i in enumerate(batch.index)]
+        indices, epochs, keys = map(list, zip(*of_samples, strict=True)) if of_samples else ([], [], [])
+        return Batch(indices, epochs, keys, positions=len(batches))  # a batch of the user's may be empty
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()

@@ -44,16 +44,27 @@ class Request(NamedTuple):
 
 @final
 class Batch(Sequence[Request]):
-    """The samples of a batch, as columns: made, and pickled for a worker, in a fraction of the time of tuples."""
+    """The samples of a batch, as columns: made, and pickled for a worker, in a fraction of the time of tuples.
 
-    __slots__ = ("epochs", "indices", "keys")
+    Args:
+        indices: Of the samples.
+        epochs: Of each.
+        keys: What the random numbers of each are keyed by.
+        positions: How many positions of the order it takes, by default one for each sample.
+    """
 
-    def __init__(self, indices: list[Any], epochs: list[int], keys: list[Any]) -> None:
+    __slots__ = ("epochs", "indices", "keys", "positions")
+
+    def __init__(self, indices: list[Any], epochs: list[int], keys: list[Any], positions: int | None = None) -> None:
         self.indices, self.epochs, self.keys = indices, epochs, keys
+        self.positions = len(indices) if positions is None else positions
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> Batch:
-        return requests if isinstance(requests, Batch) else cls(*map(list, zip(*requests, strict=True)))
+        if isinstance(requests, Batch):
+            return requests
+        indices, epochs, keys = map(list, zip(*requests, strict=True)) if requests else ([], [], [])
+        return cls(indices, epochs, keys)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -93,7 +104,7 @@ class KeyedDataset(Dataset[Any]):
             return self.dataset[request.index]
 
     def __getitems__(self, batch: Batch) -> Any:
-        self._first = batch[0]
+        self._first = batch[0] if batch else None
         if not self._draws:
             dataset = self.dataset
             return [dataset[index] for index in batch.indices]
@@ -103,8 +114,8 @@ class KeyedDataset(Dataset[Any]):
     @property
     def batch_key(self) -> int:
         """What the batch is keyed by whose samples were fetched last."""
-        assert self._first is not None
-        return keyed_seed("batch", self.seed, self._first.epoch, self._first.key)
+        first = self._first  # none of a batch without samples
+        return keyed_seed("batch", self.seed, *(() if first is None else (first.epoch, first.key)))
 
     def _seeds(self, batch: Batch) -> SampleSeeds:
         return SampleSeeds([("sample", self.seed, *of) for of in zip(batch.epochs, batch.keys, strict=True)])

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_resume.checkpoint.commit import commit_file
+from lightning_resume.checkpoint.components import LeafComponents
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.paths import PathLike, as_path, exists
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.errors import CheckpointCorruptError
+from lightning_resume.loading import lost_of
+from lightning_resume.state.exact import put_back_lost
 
 _TRAINER_MARK = "pytorch-lightning_version"
 _MODEL_NAMES = ("state_dict", "model")  # of ModelParallelStrategy and of FSDPStrategy
@@ -46,7 +49,10 @@ def consolidate(
     if exists(target):
         raise FileExistsError(f"{target} exists. Move or delete it, or choose another file with output (--output).")
     reader = CheckpointReader(source, trust=trust)
-    content = _content(reader.read(), _meta(reader))
+    state = reader.read()
+    if reader.manifest is not None:
+        put_back_lost(state, lost_of(LeafComponents(reader, trust=trust)))
+    content = _content(state, _meta(reader))
     commit_file(target, lambda file: torch_save(content, file))
     return target if isinstance(target, Path) else str(target)
 

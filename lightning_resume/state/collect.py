@@ -11,6 +11,7 @@ as those that got no gradient yet (both seen with torch 2.13). Only FSDP1's flat
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -149,6 +150,16 @@ class Owners:
         held = {id(parameter) for module in found.values() for parameter in module.parameters()}
         return found if wanted <= held else {}
 
+    def dtypes(self, optimizer: Optimizer, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.dtype]:
+        """Of the parameters by name, in what was ``saved`` of the modules by key: anything with a ``dtype``."""
+        modules = self.of(optimizer)
+        return {
+            clean_name(name if len(modules) == 1 else f"{key}.{name}"): value.dtype
+            for key in modules
+            for name, value in saved.get(key, {}).items()
+            if getattr(value, "dtype", None) is not None
+        }
+
     def names(self, optimizer: Optimizer) -> dict[int, str] | None:
         """Parameter names by ``id``, ``None`` when the parameters belong to no known module."""
         modules = self.of(optimizer)
@@ -182,21 +193,34 @@ def rename_parameters(state: Mapping[str, Any], names: Sequence[Any]) -> StateDi
     """
     old = [parameter for group in state["param_groups"] for parameter in group["params"]]
     new = dict(zip(old, names, strict=True))
+    # some optimizers keep a count of all steps beside what they keep of each parameter
+    renamed = [(new.get(key, key), value) for key, value in state["state"].items()]
+    if len(dict(renamed)) < len(renamed):
+        raise ValueError(f"the optimizer's state has a key that is also a parameter's name: {list(state['state'])}")
     return {
         **state,
-        "state": {new[parameter]: value for parameter, value in state["state"].items()},
+        "state": dict(renamed),
         "param_groups": [{**group, "params": [new[p] for p in group["params"]]} for group in state["param_groups"]],
     }
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], owners: Owners) -> None:
+def load_optimizer_state(
+    optimizer: Optimizer, state: Mapping[str, Any], owners: Owners, *, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
     """Loads a state by name, or by index where the parameters belong to no known module.
 
     Parameters without state in ``state`` get none: they had none when it was saved.
+
+    Args:
+        optimizer: Is changed.
+        state: What :func:`optimizer_state` returned.
+        owners: The modules that hold its parameters.
+        dtypes: Of the parameters by name, when they were saved, as far as that is known.
     """
     names = owners.names(optimizer)
     if names is None or not _is_named(state):
         optimizer.load_state_dict(dict(state))
+        _keep_dtypes(optimizer, [state["state"].get(n, {}) for n in range(len(_parameters(optimizer)))], [])
         return
     modules = list(owners.of(optimizer).values())
     if len(modules) == 1 and is_fsdp1(modules[0]):
@@ -207,6 +231,26 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], owners:
     optimizer.load_state_dict(
         in_parameter_order(state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
     )
+    in_order = [names[id(parameter)] for parameter in _parameters(optimizer)]
+    _keep_dtypes(
+        optimizer, [state["state"].get(name, {}) for name in in_order], [(dtypes or {}).get(name) for name in in_order]
+    )
+
+
+def _keep_dtypes(
+    optimizer: Optimizer, saved: Sequence[Mapping[str, Any]], dtypes: Sequence[torch.dtype | None]
+) -> None:
+    """Undoes that ``load_state_dict`` makes of an optimizer's state what the parameter's dtype is: more exact moments
+    of a bfloat16 parameter would lose bits. Where the parameter itself is of another dtype than it was, they follow it.
+    """
+    for parameter, values, dtype in itertools.zip_longest(_parameters(optimizer), saved, dtypes):
+        own = optimizer.state.get(parameter, {})
+        for key, value in values.items():
+            loaded = own.get(key)
+            if not (isinstance(loaded, torch.Tensor) and isinstance(value, torch.Tensor)):
+                continue
+            if value.dtype != loaded.dtype and (dtype == parameter.dtype or value.shape != parameter.shape):
+                own[key] = value.to(loaded.device)
 
 
 def in_parameter_order(state: Mapping[str, Any], current: Sequence[Sequence[str]]) -> StateDict:
@@ -215,7 +259,7 @@ def in_parameter_order(state: Mapping[str, Any], current: Sequence[Sequence[str]
     index = {name: i for i, name in enumerate(name for group in current for name in group)}
     return {
         **state,
-        "state": {index[name]: value for name, value in state["state"].items()},
+        "state": {index.get(name, name): value for name, value in state["state"].items()},
         "param_groups": [
             {**(saved[group[0]] if group else {}), "params": [index[name] for name in group]} for group in current
         ],
@@ -234,16 +278,23 @@ def full_optimizer_state(optimizer: Optimizer, owners: Owners) -> StateDict:
     if not any(has_dtensors(module) for module in modules):
         return optimizer.state_dict()
     state = optimizer_state(optimizer, owners)
-    whole = {name: {key: _whole(value) for key, value in values.items()} for name, values in state["state"].items()}
+    whole = {name: _whole(values) for name, values in state["state"].items()}
     return {**state, "state": whole if _distributed.rank() == 0 else {}}
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole(inner) for key, inner in value.items()}
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def load_full_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], owners: Owners) -> None:
-    """Loads whole tensors, by name or by index and equal on every rank, for parameters that may be sharded."""
+def load_full_optimizer_state(
+    optimizer: Optimizer, state: Mapping[str, Any], owners: Owners, *, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Loads whole tensors, by name or by index and equal on every rank, for parameters that may be sharded.
+
+    ``dtypes`` as for :func:`load_optimizer_state`.
+    """
     names = owners.names(optimizer)
     if names is not None and not _is_named(state):
         state = rename_parameters(state, [names[id(parameter)] for parameter in _parameters(optimizer)])
@@ -259,10 +310,12 @@ def load_full_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], ow
             **state,
             "state": {
                 name: {key: _sharded_like(parameters[name], value) for key, value in values.items()}
+                if name in parameters
+                else values
                 for name, values in state["state"].items()
             },
         }
-    load_optimizer_state(optimizer, state, owners)
+    load_optimizer_state(optimizer, state, owners, dtypes=dtypes)
 
 
 def _sharded_like(parameter: torch.Tensor, value: Any) -> Any:

@@ -50,6 +50,8 @@ USER = "user."
 """Begins the names of components that are values of the user's ``state``."""
 BUFFERS = "buffers."
 """Begins the names of components that are a module's buffers, where each rank has its own."""
+LOST = "lost"
+"""The component of what flat keys do not hold (:mod:`lightning_resume.state.exact`)."""
 
 
 def leaf_name(component: str, rank: int | None = None) -> str:
