@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_resume import _distributed
 from lightning_resume.checkpoint._dcp import ObjectPath, unflatten_state_dict
 from lightning_resume.checkpoint.components import FILE_KEY, FileComponents, LeafComponents, SavedComponents
+from lightning_resume.checkpoint.exact import Lost, checked, put_back_lost, within
 from lightning_resume.checkpoint.layout import Kind, resolve
 from lightning_resume.checkpoint.paths import PathLike, as_path, read_bytes
 from lightning_resume.checkpoint.reader import CheckpointReader
@@ -26,7 +27,6 @@ from lightning_resume.errors import (
 )
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, LOST, USER
-from lightning_resume.state.exact import Lost, checked, put_back_lost, within
 from lightning_resume.state.objects import Objects, put_back
 
 S = TypeVar("S")

@@ -17,6 +17,7 @@ from lightning_resume import _distributed
 from lightning_resume.checkpoint.background import Background
 from lightning_resume.checkpoint.commit import commit_file
 from lightning_resume.checkpoint.components import FILE_KEY, entries, pack, settle, to_file, to_leaves
+from lightning_resume.checkpoint.exact import lost_in
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.manifest import Manifest
 from lightning_resume.checkpoint.paths import PathLike
@@ -27,7 +28,6 @@ from lightning_resume.errors import CheckpointSaveError, RankLostError, ResumeEr
 from lightning_resume.loading import Verify
 from lightning_resume.state import collect
 from lightning_resume.state.component import BUFFERS, LOST, USER, Component, Sharing
-from lightning_resume.state.exact import lost_in
 from lightning_resume.state.objects import Objects, to_saved
 from lightning_resume.state.topology import Topology
 

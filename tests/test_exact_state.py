@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_resume import CheckpointCorruptError, CheckpointManager, ResumableSingleDeviceStrategy, consolidate
 from lightning_resume.checkpoint.components import pack
-from lightning_resume.state.exact import checked, put_back_lost
+from lightning_resume.checkpoint.exact import checked, put_back_lost
 from tests.attacks import replace_item
 
 EXTRA: list[tuple[Any, Any]] = [

@@ -138,14 +138,17 @@ def test_it_resumes_exactly_from_every_batch_whatever_the_workers(replacement: b
 Chain = list[tuple[int, int, int]]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)
 @given(
     chain=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=4),
     tail=st.sampled_from([Tail.EVEN, Tail.CARRY]),
     replacement=st.booleans(),
 )
 def test_the_order_is_the_same_under_any_chain_of_topologies(chain: Chain, tail: Tail, replacement: bool) -> None:
-    assert under(chain, tail, replacement) == under([], tail, replacement)
+    seen, expected = under(chain, tail, replacement), under([], tail, replacement)
+    # under EVEN what is less than one for each rank, of up to three, comes first in the epoch after these
+    assert 22 - len(seen) in range(3 if tail is Tail.EVEN else 1)
+    assert seen == expected[: len(seen)]
 
 
 def under(chain: Chain, tail: Tail, replacement: bool) -> list[tuple[int, float]]:
@@ -166,7 +169,7 @@ def under(chain: Chain, tail: Tail, replacement: bool) -> list[tuple[int, float]
             else:
                 ended += 1
         state = every[0].state_dict()
-    return seen[:22]
+    return seen[:22]  # under CARRY the last step takes some of the next epoch
 
 
 def test_it_is_an_ordinary_sampler_too() -> None:

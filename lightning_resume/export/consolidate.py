@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning_resume.checkpoint.commit import commit_file
 from lightning_resume.checkpoint.components import LeafComponents
+from lightning_resume.checkpoint.exact import put_back_lost
 from lightning_resume.checkpoint.filesystem import torch_save
 from lightning_resume.checkpoint.paths import PathLike, as_path, exists
 from lightning_resume.checkpoint.reader import CheckpointReader
 from lightning_resume.errors import CheckpointCorruptError
 from lightning_resume.loading import lost_of
-from lightning_resume.state.exact import put_back_lost
 
 _TRAINER_MARK = "pytorch-lightning_version"
 _MODEL_NAMES = ("state_dict", "model")  # of ModelParallelStrategy and of FSDPStrategy

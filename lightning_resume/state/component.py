@@ -51,7 +51,7 @@ USER = "user."
 BUFFERS = "buffers."
 """Begins the names of components that are a module's buffers, where each rank has its own."""
 LOST = "lost"
-"""The component of what flat keys do not hold (:mod:`lightning_resume.state.exact`)."""
+"""The component of what flat keys do not hold (:mod:`lightning_resume.checkpoint.exact`)."""
 
 
 def leaf_name(component: str, rank: int | None = None) -> str:
