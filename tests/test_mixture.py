@@ -254,7 +254,10 @@ Chain = list[tuple[int, int, int]]
     tail=st.sampled_from([Tail.EVEN, Tail.CARRY]),
 )
 def test_the_order_is_the_same_under_any_chain_of_topologies(chain: Chain, tail: Tail) -> None:
-    assert under(chain, tail) == under([], tail)
+    seen, expected = under(chain, tail), under([], tail)
+    # under EVEN what is less than one for each rank, of up to three, comes first in the epoch after these
+    assert 46 - len(seen) in range(3 if tail is Tail.EVEN else 1)
+    assert seen == expected[: len(seen)]
 
 
 def under(chain: Chain, tail: Tail) -> list[tuple[Any, ...]]:
