@@ -177,6 +177,8 @@ CASES = [
         ("thread", 2, "one"),
         ("thread", 2, "all"),
         ("process", 1, "all"),
+        ("process", 2, "one"),
+        ("process", 2, "all"),
     )
 ]
 
@@ -206,9 +208,14 @@ def run_steps(root: str, saves: int, tell: Callable[[str], None], *, async_save:
         for number in range(first + 1, first + 1 + saves):
             optimizer.step()  # without gradients it changes nothing, but waits until it may
             fill(net, optimizer, number)
-            tell(f"begin {number}")
+            starts_process = async_save == "process" and number == first + 1
+            if not starts_process:  # takes seconds, within which each kill would come
+                tell(f"begin {number}")
             manager.save(state | {"number": number, "own": number}, step=number, user_content=number)
-            if not async_save:
+            if starts_process:
+                manager.wait()
+                tell(f"begin {number}")
+            if not async_save or starts_process:
                 tell(f"done {number}")
             elif number > first + 1:  # for which this save has waited
                 tell(f"done {number - 1}")

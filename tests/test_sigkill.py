@@ -30,7 +30,7 @@ def tallies(ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def kill(ranks: Zygote, folder: Path, cases: Sequence[Case], *, kills: int) -> dict[str, dict[str, Any]]:
     """Kills from a process that has imported everything and has no threads, so that it may fork."""
     content = {"check": _write_down, "arguments": {"cases": cases, "kills": kills}}
-    ranks.run(Launch(function=call.__name__, arguments=content, world_size=1, folder=folder, seconds=120))
+    ranks.run(Launch(function=call.__name__, arguments=content, world_size=1, folder=folder, seconds=240))
     return dict(json.loads((folder / "tallies.json").read_text()))
 
 
