@@ -126,10 +126,24 @@ def test_an_optimizer_of_the_users_keeps_what_torch_keeps(with_model: bool, tmp_
     CheckpointManager(tmp_path).load(state(*other))
     stock = make()[1]
     stock.load_state_dict(optimizer.state_dict())
-    for loaded in (stock, other[1]) if with_model else (stock,):
+    for loaded in (stock, other[1]):
         assert same(loaded.state_dict()["state"], optimizer.state_dict()["state"])
         assert same(loaded.param_groups[0]["at"], {0: 0.1, 10: 0.2})
         assert loaded.param_groups[0]["none"] == {}
+
+
+def test_an_optimizer_without_its_model_keeps_its_moments(tmp_path: Path) -> None:
+    def make() -> torch.optim.Optimizer:
+        return torch.optim.SGD([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+
+    optimizer, other = make(), make()
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    CheckpointManager(tmp_path).save({"o": optimizer}, step=1)
+    CheckpointManager(tmp_path).load({"o": other})
+    assert list(other.state_dict()["state"]) == [0, 1]
+    assert same(other.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_a_key_of_the_optimizer_that_is_a_parameters_name_is_refused(tmp_path: Path) -> None:

@@ -43,9 +43,14 @@ def _is_entry(entry: Any) -> bool:
 def put_back_lost(state: MutableMapping[str, Any], lost: Lost) -> None:
     """Puts what :func:`lost_in` has found into a ``state`` that has been through flat keys.
 
+    An optimizer's state by index is by index again, for which nothing needs to be kept: its groups tell the indices.
+
     Raises:
         CheckpointCorruptError: There is no such place.
     """
+    for value in state.values():
+        if _is_optimizer(value):
+            _key_by_index(value)
     for key, values in lost.items():
         for path, value in values if key in state else ():
             try:
@@ -68,9 +73,21 @@ def within(lost: Lost) -> Callable[[Sequence[str | int]], bool]:
 _ADVICE = "Load another checkpoint."
 
 
+def _is_optimizer(state: Any) -> bool:
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
+
+
+def _key_by_index(optimizer: MutableMapping[str, Any]) -> None:
+    groups, state = optimizer["param_groups"], optimizer["state"]
+    params = [group.get("params") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+    indices = {str(one): one for listed in params if isinstance(listed, list) for one in listed if type(one) is int}
+    if indices and isinstance(state, Mapping):
+        optimizer["state"] = {indices.get(key, key): value for key, value in state.items()}
+
+
 def _depth(state: Any) -> int:
     """How many levels are our own: an optimizer's state is by parameter and field, its groups are a list of dicts."""
-    return 3 if isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys() else 1
+    return 3 if _is_optimizer(state) else 1
 
 
 def _lost(value: Any, depth: int, path: list[str | int]) -> Iterator[tuple[list[str | int], Any]]:
