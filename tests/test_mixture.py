@@ -254,10 +254,7 @@ Chain = list[tuple[int, int, int]]
     tail=st.sampled_from([Tail.EVEN, Tail.CARRY]),
 )
 def test_the_order_is_the_same_under_any_chain_of_topologies(chain: Chain, tail: Tail) -> None:
-    seen, expected = under(chain, tail), under([], tail)
-    # under EVEN what is less than one for each rank, of up to three, comes first in the epoch after these
-    assert 46 - len(seen) in range(3 if tail is Tail.EVEN else 1)
-    assert seen == expected[: len(seen)]
+    assert under(chain, tail) == under([], tail)
 
 
 def under(chain: Chain, tail: Tail) -> list[tuple[Any, ...]]:
@@ -271,7 +268,7 @@ def under(chain: Chain, tail: Tail) -> list[tuple[Any, ...]]:
         for rank in ranks:
             if state is not None:
                 rank.load_state_dict(stored(state))
-        while ended < 2 and steps:
+        while ended < 3 and steps:  # under EVEN samples may be left over to the third
             for batches in zip(*ranks, strict=True):
                 seen += samples(batches)
                 steps -= 1

@@ -145,10 +145,7 @@ Chain = list[tuple[int, int, int]]
     replacement=st.booleans(),
 )
 def test_the_order_is_the_same_under_any_chain_of_topologies(chain: Chain, tail: Tail, replacement: bool) -> None:
-    seen, expected = under(chain, tail, replacement), under([], tail, replacement)
-    # under EVEN what is less than one for each rank, of up to three, comes first in the epoch after these
-    assert 22 - len(seen) in range(3 if tail is Tail.EVEN else 1)
-    assert seen == expected[: len(seen)]
+    assert under(chain, tail, replacement) == under([], tail, replacement)
 
 
 def under(chain: Chain, tail: Tail, replacement: bool) -> list[tuple[int, float]]:
@@ -160,7 +157,7 @@ def under(chain: Chain, tail: Tail, replacement: bool) -> list[tuple[int, float]
         for rank in every:
             if state is not None:
                 rank.load_state_dict(stored(state))
-        while ended < 2 and steps:
+        while ended < 3 and steps:  # under EVEN samples may be left over to the third
             for batches in zip(*every, strict=True):
                 seen += samples(batches)
                 steps -= 1
