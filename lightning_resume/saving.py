@@ -181,7 +181,8 @@ def save_state(
         done: Called once the checkpoint is durable, on the thread that wrote it. May be a collective.
     """
     lost = Component(name=LOST, value=lost_in(tensors), sharing=Sharing.REPLICATED, required=False)
-    stored = with_own_values(meta, [*components, lost], buffers)
+    settled = with_own_values(meta, [*components, lost], buffers)
+    stored = [one for one in settled if one.name != LOST or one.value or one.sharing is Sharing.PER_RANK]
     alike = {key: _without(value, buffers.get(key, ())) for key, value in tensors.items()}
     if validate is not None:
         validate_replicas(alike, validate)
@@ -285,8 +286,7 @@ def with_own_values(
     values |= {f"{BUFFERS}{key}": dict(value) for key, value in buffers.items()}
     own = [Component(name=n, value=v, sharing=Sharing.REPLICATED, required=False) for n, v in values.items()]
     settled = settle([*components, *own])
-    if_own = {*values, *(component.name for component in components if component.name == LOST and not component.value)}
-    return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in if_own]
+    return [c for c in settled if c.sharing is Sharing.PER_RANK or c.name not in values]
 
 
 def _with(state: dict[str, Any], key: str, buffers: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
